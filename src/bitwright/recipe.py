@@ -1,0 +1,294 @@
+"""Recipes: one YAML file says the whole job; an unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from bitwright.errors import RecipeError, nearest
+
+T = TypeVar("T")
+Options = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and every key must be known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+class DataSection(Section):
+    """Which data, and how many training images are held out for selection."""
+
+    name: str
+    held_out: int | None = Field(default=None, ge=1)
+    options: Options = Field(default_factory=dict)
+
+
+class ModelSection(Section):
+    """Which network: a bundled name or ``package.module:function``, its arguments, and trained weights."""
+
+    name: str
+    arguments: Options = Field(default_factory=dict)
+    weights: str | None = None
+
+
+class TeacherSection(Section):
+    """Who teaches in fine-tuning; the name ``float`` is the unquantized network itself."""
+
+    name: str = "float"
+    arguments: Options = Field(default_factory=dict)
+    weights: str | None = None
+
+
+class SearchSection(Section):
+    """Which method looks for the policy, what it may choose from and what it may spend."""
+
+    method: str = "sdq"
+    options: Options = Field(default_factory=dict)
+    budgets: list[str] = Field(min_length=1)
+    weights: list[int] = Field(default_factory=lambda: list(range(1, 9)), min_length=1)
+    activations: list[int] = Field(default_factory=lambda: [32], min_length=1)
+    pin_first: tuple[int, int] | None = None
+    pin_last: tuple[int, int] | None = None
+    skip: list[str] = Field(default_factory=list)
+    tie: list[list[str]] = Field(default_factory=list)
+    steps: int | None = Field(default=None, ge=1)
+    seconds: float | None = Field(default=None, gt=0)
+    save_every: int = Field(default=50, ge=1)
+    never_worse: bool = False
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _one_budget(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class QuantizeSection(Section):
+    """How a policy becomes a network: the keyword arguments of `bitwright.quantize`, and the calibration images."""
+
+    quantizer: str = "lsq"
+    calibration: int = Field(default=512, ge=1)
+    correct: list[str] = Field(default_factory=list)
+    options: Options = Field(default_factory=dict)
+
+
+class BaselinesSection(Section):
+    """Which policies of the same budget stand beside the found one, and the fine-tuning that all of them get."""
+
+    methods: list[str] = Field(default_factory=lambda: ["uniform", "random"])
+    random: int = Field(default=3, ge=1)
+    finetune: Options | None = None
+
+
+class ExportSection(Section):
+    """Where the result goes."""
+
+    to: str = "packed"
+    options: Options = Field(default_factory=dict)
+
+
+class Recipe(Section):
+    """Everything that decides a run's result; `load_recipe` makes one."""
+
+    name: str
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    data: DataSection
+    model: ModelSection
+    float_training: Options | None = Field(default=None, alias="float")
+    search: SearchSection
+    quantize: QuantizeSection = Field(default_factory=QuantizeSection)
+    finetune: Options | None = None
+    teacher: TeacherSection | None = None
+    baselines: BaselinesSection | None = None
+    export: ExportSection | None = None
+    report: bool = True
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _named_teacher(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON-able data, defaults filled in; `load_recipe` accepts it again."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error: the first value would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"recipe: key '{key}' is given twice (line {node.start_mark.line + 1}); keep one")
+        return super().construct_mapping(node, deep)
+
+
+def bundled_recipes() -> tuple[str, ...]:
+    """Return the names of the recipes that come with the package.
+
+    >>> "digits-sdq" in bundled_recipes()
+    True
+    """
+    folder = resources.files("bitwright") / "recipes"
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe: a bundled name, a path to a YAML file, or data already read.
+
+    Args:
+        source: ``"digits-sdq"``, ``"my.yaml"`` or a mapping.
+        overrides: ``"a.b.c=value"`` texts, applied in order before checking; the value is YAML.
+
+    Raises:
+        RecipeError: one line that names the key, where it is and the nearest known key.
+
+    >>> load_recipe("digits-sdq", ["search.budgets=weight_bits<=2.25"]).search.budgets
+    ['weight_bits<=2.25']
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read(str(source))
+    for text in overrides:
+        data = override(data, text)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from None
+    _check_options(recipe)
+    return recipe
+
+
+def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Return a copy of ``data`` with one ``a.b.c=value`` applied; ``value`` is parsed as YAML.
+
+    >>> override({"search": {"steps": 5}}, "search.steps=7")
+    {'search': {'steps': 7}}
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in path.split(".")):
+        raise RecipeError(f"--set {text}: expected key=value, for example --set search.steps=200")
+    return _put(dict(data), [part.strip() for part in path.split(".")], _parse(value, f"--set {path}"), path)
+
+
+def _put(data: dict[str, Any], path: list[str], value: object, whole: str) -> dict[str, Any]:
+    head, *rest = path
+    if not rest:
+        return {**data, head: value}
+    inner = data.get(head) or {}
+    if not isinstance(inner, Mapping):
+        raise RecipeError(f"--set {whole}: '{head}' is {inner!r}, not a section; set the whole of it, for example --set {head}='{{name: …}}'")
+    return {**data, head: _put(dict(inner), rest, value, whole)}
+
+
+def _read(source: str) -> dict[str, Any]:
+    bundled = resources.files("bitwright") / "recipes" / f"{source}.yaml"
+    if source in bundled_recipes():
+        return _mapping(bundled.read_text("utf-8"), f"recipe {source}")
+    path = Path(source)
+    if not path.is_file():
+        raise RecipeError(f"recipe '{source}': no bundled recipe and no file of that name; {nearest(source, bundled_recipes())}")
+    try:
+        return _mapping(path.read_text("utf-8"), f"recipe {source}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe '{source}': cannot be read as text ({error}); give a YAML file") from None
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    data = _parse(text, where)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: found {type(data).__name__}, expected sections such as 'data:' and 'model:'")
+    return data
+
+
+def _parse(text: str, where: str) -> Any:
+    loader = _UniqueKeyLoader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+    finally:
+        loader.dispose()
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's first complaint into one line: the key, its place, what to type instead."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"recipe: unknown key '{place}'; {nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"recipe: key '{place}' is missing; add it, or give it with --set {place}=…"
+    expected = first["msg"].replace("Input should be", "expected")
+    return f"recipe: {place} is {_short(first['input'])}; {expected}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _known_keys(loc: Iterable[int | str]) -> list[str]:
+    """Return the keys of the section at ``loc``."""
+    section: type[BaseModel] = Recipe
+    for part in loc:
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        annotation = fields[str(part)].annotation
+        section = next(c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel))
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _check_options(recipe: Recipe) -> None:
+    """Check the free sections against the dataclasses that will receive them, before anything runs."""
+    from bitwright.methods import get_method
+    from bitwright.training import FinetuneOptions
+
+    make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
+    for place, section in (("float", recipe.float_training), ("finetune", recipe.finetune)):
+        if section is not None:
+            make_options(FinetuneOptions, section, place)
+    if recipe.baselines is not None:
+        for name in recipe.baselines.methods:
+            get_method(name)
+        make_options(FinetuneOptions, recipe.baselines.finetune or {}, "baselines.finetune")
+
+
+def make_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build a dataclass of options from recipe values: unknown names and wrong types are errors.
+
+    >>> from bitwright.driver import Stop
+    >>> make_options(Stop, {"steps": 3}, "stop")
+    Stop(steps=3, seconds=None)
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise RecipeError(f"{where}: {cls.__name__} is no dataclass of options; write it with @dataclass(frozen=True)")
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    hints = get_type_hints(cls)
+    checked: Options = {}
+    for name, value in values.items():
+        if name not in known:
+            raise RecipeError(f"recipe: unknown key '{where}.{name}'; {nearest(name, known)}")
+        checked[name] = _checked(hints[name], value, f"{where}.{name}")
+    try:
+        return cls(**checked)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe: {where}: {error}") from None
+
+
+def _checked(hint: Any, value: object, place: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        complaint = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
+        raise RecipeError(f"recipe: {place} is {_short(value)}; {complaint}") from None
