@@ -1,0 +1,357 @@
+"""Exact allocation: the cheapest total loss under integer budgets, by HiGHS, and what follows from it.
+
+Every function here sees plain numbers: ``values[site][choice]`` is what one choice adds to the loss,
+``terms[budget][site][choice]`` is the integer it adds to a cost, ``limits[budget]`` is what the costs may sum to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import BudgetError
+
+if TYPE_CHECKING:
+    from bitwright.policy import Bits, Policy
+    from bitwright.problem import Problem
+
+Values = Sequence[Sequence[float] | NDArray[Any]]
+Column = Sequence[int] | NDArray[Any]
+Terms = Sequence[Sequence[Column]]
+Kept = list[list[int]]
+
+SPREAD = 1e5
+"""The largest objective coefficient given to HiGHS: its absolute gap of 1e-6 is then 1e-11 of the largest difference."""
+TERM_BITS = 20
+"""Larger integer terms are scaled down (by a power of two) to this many bits: its row tolerance is then far below one unit in 1e6."""
+CUTS = 32
+"""How many solutions that only rounding let through are cut off one by one before the limit itself is tightened."""
+
+_stdout_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One budget as HiGHS sees it: terms above each site's cheapest, divided by their common divisor."""
+
+    terms: list[list[int]]
+    limit: int
+
+
+def allocate(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[int, ...]:
+    """Choose one choice per site so that the summed value is least and no summed term exceeds its limit.
+
+    The multiple-choice knapsack problem (Sinha and Zoltners, 1979) as an integer program with one binary per
+    (site, choice), solved to a zero gap. The limits are then checked with Python integers: a solution that only
+    floating-point tolerance let through is cut off and the program solved again.
+
+    Args:
+        values: per site, the loss of each choice (any scale; ``inf`` forbids a choice).
+        terms: per budget and site, the integer cost of each choice.
+        limits: per budget, the largest total allowed.
+
+    Returns:
+        The index of the chosen choice for every site.
+
+    Raises:
+        BudgetError: no choice of choices stays within the limits; or a value is not a number.
+
+    >>> allocate([[4.0, 1.0], [0.5, 0.1]], [[[1, 2], [1, 2]]], [3])
+    (1, 0)
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in values]
+    _check_values(columns)
+    kept = _undominated(columns, terms)
+    rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+    while True:
+        chosen = _solve(columns, kept, rows)
+        if chosen is None:
+            raise BudgetError(_unreachable_text(terms, limits))
+        narrowed = _narrow(columns, kept, chosen)
+        picked = tuple(kept[i][j] for i, j in enumerate(chosen))
+        # A forbiddingly large value hides small differences from the solver: drop what cannot be in an optimum, look again.
+        if _spread(columns, narrowed) * 100 >= _spread(columns, kept):
+            return picked
+        kept = narrowed
+        rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+
+
+def total(terms: Sequence[Column], chosen: Sequence[int]) -> int:
+    """Return the summed term of one choice per site, as an exact integer.
+
+    >>> total([[1, 2], [10, 20]], (1, 0))
+    12
+    """
+    return sum(int(site[j]) for site, j in zip(terms, chosen, strict=True))
+
+
+def within(terms: Terms, limits: Sequence[int], chosen: Sequence[int]) -> bool:
+    """Say whether the chosen choices keep every limit, in exact integers.
+
+    >>> within([[[1, 2], [10, 20]]], [11], (1, 0))
+    False
+    """
+    return all(total(site_terms, chosen) <= limit for site_terms, limit in zip(terms, limits, strict=True))
+
+
+def ranges(terms: Terms) -> tuple[tuple[int, int], ...]:
+    """Return the least and the largest total of every budget, each taken alone.
+
+    >>> ranges([[[1, 2], [10, 20]]])
+    ((11, 22),)
+    """
+    return tuple((sum(int(min(t)) for t in site_terms), sum(int(max(t)) for t in site_terms)) for site_terms in terms)
+
+
+def nearest_limits(terms: Terms, limits: Sequence[int]) -> tuple[int | None, ...]:
+    """Return, per budget, the least limit that can be met while the other limits stay as they are (None: no such limit).
+
+    >>> nearest_limits([[[1, 2], [1, 2]], [[5, 3], [5, 3]]], [2, 8])
+    (3, 10)
+    """
+    found: list[int | None] = []
+    for k, site_terms in enumerate(terms):
+        others = [i for i in range(len(terms)) if i != k]
+        chosen = _try_allocate(site_terms, [terms[i] for i in others], [limits[i] for i in others])
+        found.append(None if chosen is None else total(site_terms, chosen))
+    return tuple(found)
+
+
+def reachable(problem: Problem) -> tuple[tuple[int, int], ...]:
+    """Return the least and the largest cost of any policy of ``problem``, per budget and in the cost's own unit."""
+    fixed = [budget.limit - limit for budget, limit in zip(problem.budgets, problem.limits, strict=True)]
+    return tuple((low + f, high + f) for (low, high), f in zip(ranges(problem.terms), fixed, strict=True))
+
+
+def repair(policy: Policy, problem: Problem) -> Policy:
+    """Return the feasible policy nearest to ``policy``: the policy itself when it fits.
+
+    The distance between two choices is |log2 of the ratio of their weight widths| + the same for activations, so a step
+    from 8 to 4 weighs as much as one from 2 to 1. Among equally near policies the one that uses more of its budgets wins.
+
+    Raises:
+        PolicyError: the policy names unknown sites or choices.
+        BudgetError: no policy of the problem is feasible.
+    """
+    if problem.feasible(policy):
+        return policy
+    values = [_distances(policy[site], problem.choices[site]) for site in problem.choices]
+    for site_terms, limit in zip(problem.terms, problem.limits, strict=True):
+        for i, column in enumerate(site_terms):
+            # A tie-break only: even the whole budget counts for less than the smallest distance (log2 8/7 = 0.19).
+            values[i] = values[i] - 1e-4 * np.asarray(column, dtype=np.float64) / max(1, abs(limit)) / len(problem.terms)
+    return problem.policy(allocate(values, problem.terms, problem.limits))
+
+
+def shadow_prices(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[float, ...]:
+    """Return, per budget, how much the least loss would fall for one more unit of its limit (of the linear relaxation).
+
+    Raises:
+        BudgetError: the limits cannot be met even by fractions of choices.
+
+    >>> shadow_prices([[4.0, 1.0], [0.5, 0.1]], [[[1, 2], [1, 2]]], [2])
+    (3.0,)
+    """
+    from scipy.optimize import linprog  # noqa: PLC0415  (scipy is slow to import)
+
+    columns = [np.asarray(column, dtype=np.float64) for column in values]
+    _check_values(columns)
+    kept = [[j for j, value in enumerate(column) if math.isfinite(value)] for column in columns]
+    rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+    matrix, bounds, units = _matrix(rows, kept), [], []
+    for row, site_terms in zip(rows, terms, strict=True):
+        scale = _scale(row)
+        bounds.append(row.limit * scale)
+        units.append(scale / _divisor(kept, site_terms))
+    equal, _ = _one_per_site(kept)
+    with _silence():
+        answer = linprog(_objective(columns, kept, 1.0), A_ub=matrix, b_ub=bounds, A_eq=equal, b_eq=np.ones(len(kept)), method="highs")
+    if answer.status != 0:
+        raise BudgetError(_unreachable_text(terms, limits))
+    return tuple(abs(float(price)) * unit for price, unit in zip(answer.ineqlin.marginals, units, strict=True))
+
+
+# ---- what the solver is given
+
+
+def _check_values(columns: Sequence[NDArray[np.float64]]) -> None:
+    for i, column in enumerate(columns):
+        if np.isnan(column).any() or np.isneginf(column).any():
+            raise BudgetError(f"allocate: site {i} has a value that is not a number ({column.tolist()}); give finite losses, inf to forbid")
+        if not np.isfinite(column).any():
+            raise BudgetError(f"allocate: site {i} has no choice with a finite value; allow at least one")
+
+
+def _undominated(columns: Sequence[NDArray[np.float64]], terms: Terms) -> Kept:
+    """Drop forbidden choices and those that another choice of the site beats in value and in every cost (first index wins a tie)."""
+    kept: Kept = []
+    for i, column in enumerate(columns):
+        points = np.stack([column, *(np.asarray(site_terms[i], dtype=object) for site_terms in terms)]).astype(object)
+        candidates = [j for j in range(len(column)) if math.isfinite(column[j])]
+        kept.append([j for j in candidates if not any(_beats(points[:, o], points[:, j], first=o < j) for o in candidates if o != j)])
+    return kept
+
+
+def _beats(one: NDArray[Any], other: NDArray[Any], *, first: bool) -> bool:
+    return bool((one <= other).all()) and (first or bool((one < other).any()))
+
+
+def _divisor(kept: Kept, site_terms: Sequence[Column]) -> int:
+    lows = [min(int(site[j]) for j in keep) for site, keep in zip(site_terms, kept, strict=True)]
+    extra = [int(site[j]) - low for site, keep, low in zip(site_terms, kept, lows, strict=True) for j in keep]
+    return math.gcd(*extra) or 1
+
+
+def _row(kept: Kept, site_terms: Sequence[Column], limit: int) -> _Row:
+    """Reduce a budget exactly: subtract what every choice costs anyway, divide by the common divisor, round the limit down."""
+    lows = [min(int(site[j]) for j in keep) for site, keep in zip(site_terms, kept, strict=True)]
+    divisor = _divisor(kept, site_terms)
+    reduced = [[(int(site[j]) - low) // divisor for j in keep] for site, keep, low in zip(site_terms, kept, lows, strict=True)]
+    return _Row(reduced, (limit - sum(lows)) // divisor)
+
+
+def _scale(row: _Row) -> float:
+    largest = max((max(site) for site in row.terms), default=0)
+    return 2.0 ** -max(0, largest.bit_length() - TERM_BITS)
+
+
+def _matrix(rows: Sequence[_Row], kept: Kept) -> NDArray[np.float64]:
+    width = sum(map(len, kept))
+    flat = [[_scale(row) * term for site in row.terms for term in site] for row in rows]
+    return np.asarray(flat, dtype=np.float64).reshape(len(rows), width)
+
+
+def _one_per_site(kept: Kept) -> tuple[Any, NDArray[np.int64]]:
+    from scipy.sparse import csr_matrix  # noqa: PLC0415
+
+    owner = np.repeat(np.arange(len(kept)), [len(keep) for keep in kept])
+    return csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(kept), len(owner))), owner
+
+
+def _spread(columns: Sequence[NDArray[np.float64]], kept: Kept) -> float:
+    return max((float(np.ptp(column[keep])) for column, keep in zip(columns, kept, strict=True)), default=0.0)
+
+
+def _objective(columns: Sequence[NDArray[np.float64]], kept: Kept, scale: float) -> NDArray[np.float64]:
+    return np.concatenate([(column[keep] - column[keep].min()) * scale for column, keep in zip(columns, kept, strict=True)])
+
+
+def _narrow(columns: Sequence[NDArray[np.float64]], kept: Kept, chosen: Sequence[int]) -> Kept:
+    """Keep the choices that could be in a policy at least as good as ``chosen``."""
+    best = [column[keep].min() for column, keep in zip(columns, kept, strict=True)]
+    excess = math.fsum(column[keep[j]] - low for column, keep, low, j in zip(columns, kept, best, chosen, strict=True))
+    return [[j for j in keep if column[j] - low <= excess * (1 + 1e-9)] for column, keep, low in zip(columns, kept, best, strict=True)]
+
+
+# ---- the solver
+
+
+def _solve(columns: Sequence[NDArray[np.float64]], kept: Kept, rows: Sequence[_Row]) -> tuple[int, ...] | None:
+    """Return positions into ``kept``, or None when the limits cannot be met."""
+    cheapest = tuple(int(np.argmin(column[keep])) for column, keep in zip(columns, kept, strict=True))
+    if _excesses(rows, cheapest) == [0] * len(rows):
+        return cheapest
+    if any(row.limit < 0 for row in rows):
+        return None
+    rows, cuts = list(rows), list[tuple[int, ...]]()
+    for _ in range(10 * CUTS):
+        chosen = _milp(columns, kept, rows, cuts)
+        if chosen is None:
+            return None
+        excesses = _excesses(rows, chosen)
+        if not any(excesses):
+            return chosen
+        if len(cuts) < CUTS:
+            cuts.append(chosen)
+        else:
+            rows = [replace(row, limit=row.limit - excess) for row, excess in zip(rows, excesses, strict=True)]
+    raise RuntimeError("allocation: HiGHS keeps returning policies over their limit")
+
+
+def _excesses(rows: Sequence[_Row], chosen: Sequence[int]) -> list[int]:
+    return [max(0, total(row.terms, chosen) - row.limit) for row in rows]
+
+
+def _milp(
+    columns: Sequence[NDArray[np.float64]], kept: Kept, rows: Sequence[_Row], cuts: Sequence[tuple[int, ...]]
+) -> tuple[int, ...] | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415
+
+    equal, owner = _one_per_site(kept)
+    starts = np.searchsorted(owner, np.arange(len(kept)))
+    limits = [row.limit * _scale(row) for row in rows]
+    constraints = [LinearConstraint(equal, 1, 1), LinearConstraint(_matrix(rows, kept), -np.inf, limits)]
+    for cut in cuts:
+        picked = np.zeros(len(owner))
+        picked[starts + np.asarray(cut)] = 1
+        constraints.append(LinearConstraint(picked[None], -np.inf, len(kept) - 1))
+    objective = _objective(columns, kept, SPREAD / (_spread(columns, kept) or 1.0))
+    with _silence():
+        answer = milp(objective, constraints=constraints, integrality=np.ones(len(owner)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
+    if answer.status == 2:
+        return None
+    if answer.x is None:
+        raise RuntimeError(f"allocation: HiGHS gave up: {answer.message}")
+    return tuple(int(np.argmax(part)) for part in np.split(answer.x, starts[1:]))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Send the process's standard output to nowhere: HiGHS prints from C, below `sys.stdout`."""
+    with _stdout_lock:
+        try:
+            saved = os.dup(1)
+        except OSError:  # standard output is closed: there is nothing to silence
+            yield
+            return
+        _flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        try:
+            yield
+        finally:
+            _flush()
+            os.dup2(saved, 1)
+            os.close(nowhere)
+            os.close(saved)
+
+
+def _flush() -> None:
+    """Empty Python's and C's output buffers, so that what was written before or while silent goes where it belongs."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        ctypes.CDLL(None).fflush(None)
+    except (AttributeError, OSError, TypeError):  # no C library by that name (Windows): nothing more can be done
+        return
+
+
+# ---- what the messages and repair need
+
+
+def _distances(here: Bits, there: Sequence[Bits]) -> NDArray[np.float64]:
+    return np.asarray([abs(math.log2(bits.w / here.w)) + abs(math.log2(bits.a / here.a)) for bits in there])
+
+
+def _try_allocate(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[int, ...] | None:
+    """Minimise integer ``values`` under the limits; None when the limits cannot be met."""
+    kept = [list(range(len(column))) for column in values]
+    columns = [np.asarray(column, dtype=np.float64) for column in values]
+    rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+    chosen = _solve(columns, kept, rows)
+    return None if chosen is None else tuple(kept[i][j] for i, j in enumerate(chosen))
+
+
+def _unreachable_text(terms: Terms, limits: Sequence[int]) -> str:
+    parts = [f"limit {limit}, reachable {low} to {high}" for limit, (low, high) in zip(limits, ranges(terms), strict=True)]
+    return "allocate: no choice of bits keeps every limit (" + "; ".join(parts) + "); raise a limit"
