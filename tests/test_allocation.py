@@ -158,11 +158,11 @@ def test_the_same_question_has_the_same_answer():
 
 
 def test_shadow_price_is_the_slope_of_the_least_loss():
-    values, terms, limits = realistic(400, 1)
+    values, terms, limits = realistic(200, 1)
     prices = allocation.shadow_prices(values, terms, limits)
     step = limits[0] // 50
     tight, loose = (allocation.allocate(values, terms, [limits[0] + x, limits[1]]) for x in (-step, step))
-    fall = values[np.arange(400), list(tight)].sum() - values[np.arange(400), list(loose)].sum()
+    fall = values[np.arange(200), list(tight)].sum() - values[np.arange(200), list(loose)].sum()
     assert prices[0] == pytest.approx(fall / (2 * step), rel=0.1)
     with pytest.raises(BudgetError, match="no choice of bits"):
         allocation.shadow_prices(values, terms, [0, 0])
@@ -173,7 +173,7 @@ import numpy as np, sys
 from bitwright import allocation
 from tests.test_allocation import realistic
 print("before")
-allocation.allocate(*realistic(500, 3))
+allocation.allocate(*realistic(300, 3))
 print("after")
 """
 
@@ -185,5 +185,6 @@ def test_the_solver_prints_nothing():
 
 
 def test_a_closed_standard_output_is_no_obstacle():
-    code = "import os; os.close(1)\nfrom bitwright.allocation import allocate\nassert allocate([[2, 1], [3, 0]], [[[1, 2], [1, 2]]], [3]) == (0, 1)"
+    ask = "assert allocate([[2, 1], [3, 0]], [[[1, 2], [1, 2]]], [3]) == (0, 1)"
+    code = f"import os; os.close(1)\nfrom bitwright.allocation import allocate\n{ask}"
     subprocess.run([sys.executable, "-c", code], check=True)

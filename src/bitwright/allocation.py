@@ -194,16 +194,16 @@ def _check_values(columns: Sequence[NDArray[np.float64]]) -> None:
 
 def _undominated(columns: Sequence[NDArray[np.float64]], terms: Terms) -> Kept:
     """Drop forbidden choices and those that another choice of the site beats in value and in every cost (first index wins a tie)."""
-    kept: Kept = []
-    for i, column in enumerate(columns):
-        points = np.stack([column, *(np.asarray(site_terms[i], dtype=object) for site_terms in terms)]).astype(object)
-        candidates = [j for j in range(len(column)) if math.isfinite(column[j])]
-        kept.append([j for j in candidates if not any(_beats(points[:, o], points[:, j], first=o < j) for o in candidates if o != j)])
-    return kept
+    return [_undominated_choices(column, [np.asarray(site_terms[i]) for site_terms in terms]) for i, column in enumerate(columns)]
 
 
-def _beats(one: NDArray[Any], other: NDArray[Any], *, first: bool) -> bool:
-    return bool((one <= other).all()) and (first or bool((one < other).any()))
+def _undominated_choices(column: NDArray[np.float64], costs: Sequence[NDArray[Any]]) -> list[int]:
+    candidates = np.flatnonzero(np.isfinite(column))
+    axes = [axis[candidates] for axis in (column, *costs)]
+    no_worse = np.logical_and.reduce([axis[:, None] <= axis[None, :] for axis in axes]).astype(bool)
+    # One of two equal choices goes: the later.
+    beats = no_worse & (~no_worse.T | np.triu(np.ones_like(no_worse), 1))
+    return [int(j) for j in candidates[~beats.any(0)]]
 
 
 def _divisor(kept: Kept, site_terms: Sequence[Column]) -> int:

@@ -1,0 +1,335 @@
+"""The problem a search solves: a model cut into sites, the choices of each, what they cost, and what may be spent."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bitwright import allocation
+from bitwright.errors import BitwrightError, BudgetError, PolicyError, SiteError, nearest
+from bitwright.policy import Bits, Policy, check_bits
+
+if TYPE_CHECKING:
+    from bitwright.costs import Budget
+    from bitwright.data import Split
+    from bitwright.sites import Site, Trace
+
+Choices = Mapping[str, Sequence[Bits]]
+Loss = Callable[[Policy], float]
+
+
+class HasSplits(Protocol):
+    """Anything with a fit and a selection split, such as `bitwright.data.Data`."""
+
+    @property
+    def fit(self) -> Split:
+        """The images weights may be trained and calibrated on."""
+
+    @property
+    def selection(self) -> Split:
+        """The images policies are judged on."""
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """The two splits that a search may see: the test split is not in here."""
+
+    fit: Split
+    selection: Split
+
+
+def build_choices(
+    trace: Trace,
+    weights: Iterable[int] = range(1, 9),
+    activations: Iterable[int] = (32,),
+    *,
+    pin_first: Bits | tuple[int, int] | Literal["free"] | None = None,
+    pin_last: Bits | tuple[int, int] | Literal["free"] | None = None,
+) -> dict[str, tuple[Bits, ...]]:
+    """Return the choices of every site: each weight width with each activation width, the ends pinned.
+
+    Args:
+        trace: the traced model.
+        weights: weight widths to choose from.
+        activations: widths of the input activations to choose from. A product of two activations has no weight: both of
+            its operands take the activation width.
+        pin_first: the bits of the first weighted site; None is 8 for weights and for activations (32 for activations
+            where they are all left in floating point), ``"free"`` gives it the choices of the others.
+        pin_last: the same for the last weighted site.
+
+    Raises:
+        PolicyError: a width is not legal, or none is given.
+
+    >>> from bitwright.sites import trace
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> build_choices(trace(net, torch.zeros(1, 4)), weights=(2, 4))
+    {'0': (W8A32,), '1': (W2A32, W4A32), '2': (W8A32,)}
+    """
+    widths, inputs = sorted(set(weights)), sorted(set(activations))
+    if not widths or not inputs:
+        raise PolicyError("choices: no width to choose from; give at least one weight and one activation width, for example 2 4 8")
+    pairs = tuple(check_bits(Bits(w, a), "choices") for w, a in itertools.product(widths, inputs))
+    products = tuple(Bits(a, a) for a in inputs)
+    choices = {site.name: pairs if site.operands == 1 else products for site in trace.sites}
+    default = Bits(8, 8 if min(inputs) < 16 else 32)
+    for name, pin in ((trace.first, pin_first), (trace.last, pin_last)):
+        if pin != "free":
+            choices[name] = (check_bits(default if pin is None else Bits(*pin), f"pin of '{name}'"),)
+    return choices
+
+
+class Problem:
+    """What a search method sees: sites, choices, integer costs, limits, data and the loss of a policy.
+
+    Args:
+        model: the float network; a search works on copies of it.
+        trace: what `bitwright.sites.trace` found in the network that will be deployed.
+        choices: the allowed bits of every site; one choice pins a site.
+        budgets: costs and their limits (one or a sequence); a policy is feasible when it keeps them all.
+        data: fit and selection splits; anything else in it is left out. None where nothing needs data.
+        seed: what all randomness of a search derives from.
+        kind: the task; decides what the default loss compares.
+        evaluate: the loss of a policy, lower is better; None takes `bitwright.quant.reference.ReferenceLoss`.
+
+    Attributes:
+        evaluations: how many policies were really evaluated (each one once).
+
+    Raises:
+        SiteError: the choices name an unknown site.
+        PolicyError: a site has no choices, or the same one twice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        choices: Choices,
+        budgets: Budget | Sequence[Budget],
+        data: HasSplits | None = None,
+        *,
+        seed: int = 0,
+        kind: Literal["classification"] = "classification",
+        evaluate: Loss | None = None,
+    ):
+        self.model = model
+        self.trace = trace
+        self.choices = _checked_choices(trace, choices)
+        self.budgets: tuple[Budget, ...] = tuple(budgets) if isinstance(budgets, Sequence) else (budgets,)
+        self.seed = seed
+        self.kind = kind
+        self.evaluations = 0
+        self._data = None if data is None else SearchData(data.fit, data.selection)
+        self._evaluate = evaluate
+        self._losses: dict[Policy, float] = {}
+
+    @property
+    def data(self) -> SearchData:
+        """The fit and selection splits; raises `BitwrightError` where the problem was made without data."""
+        if self._data is None:
+            raise BitwrightError("problem: it was made without data, and this needs images; give Problem(..., data=)")
+        return self._data
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in execution order."""
+        return self.trace.sites
+
+    @property
+    def pins(self) -> dict[str, Bits]:
+        """The sites that have only one choice."""
+        return {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
+
+    @cached_property
+    def terms(self) -> tuple[tuple[NDArray[np.int64], ...], ...]:
+        """The integer cost of every choice: ``terms[budget][site][choice]``, in the order of ``choices``."""
+        return tuple(self.cost_matrix(k) for k in range(len(self.budgets)))
+
+    @cached_property
+    def limits(self) -> tuple[int, ...]:
+        """What the terms of each budget may sum to: its limit less the cost's fixed part."""
+        return tuple(budget.limit - budget.cost.fixed for budget in self.budgets)
+
+    def cost_matrix(self, k: int) -> tuple[NDArray[np.int64], ...]:
+        """Return the terms of budget ``k``: per site one integer per choice."""
+        cost = self.budgets[k].cost
+        return tuple(np.asarray([cost(site, bits) for bits in self.choices[site.name]], dtype=np.int64) for site in self.sites)
+
+    def index(self, policy: Mapping[str, Bits]) -> tuple[int, ...]:
+        """Return the position of each site's bits among its choices.
+
+        Raises:
+            PolicyError: a site is unknown or missing, or its bits are none of its choices.
+        """
+        for name in policy:
+            if name not in self.choices:
+                raise PolicyError(f"policy: the problem has no site '{name}'; {nearest(name, self.choices)}")
+        return tuple(self._position(policy, name) for name in self.choices)
+
+    def _position(self, policy: Mapping[str, Bits], name: str) -> int:
+        if name not in policy:
+            raise PolicyError(f"policy: site '{name}' has no entry; give it one of {_listed(self.choices[name])}")
+        if policy[name] not in self.choices[name]:
+            raise PolicyError(
+                f"policy: site '{name}' has {policy[name]!r}, which is no choice of it; choose from {_listed(self.choices[name])}"
+            )
+        return self.choices[name].index(policy[name])
+
+    def policy(self, index: Sequence[int]) -> Policy:
+        """Return the policy of one choice position per site: the inverse of `index`."""
+        return Policy((name, allowed[j]) for (name, allowed), j in zip(self.choices.items(), index, strict=True))
+
+    def costs(self, policy: Mapping[str, Bits]) -> tuple[int, ...]:
+        """Return what a policy costs, per budget and in the cost's unit, its fixed part included."""
+        index = self.index(policy)
+        return tuple(budget.cost.fixed + allocation.total(terms, index) for budget, terms in zip(self.budgets, self.terms, strict=True))
+
+    def feasible(self, policy: Mapping[str, Bits]) -> bool:
+        """Say whether a policy keeps every budget, in exact integers."""
+        return all(cost <= budget.limit for cost, budget in zip(self.costs(policy), self.budgets, strict=True))
+
+    def cheapest(self) -> Policy:
+        """Return the policy of the smallest choice of every site: least cost, summed over budgets as shares of their limits."""
+        shares = [t / max(1, abs(limit)) for site_terms, limit in zip(self.terms, self.limits, strict=True) for t in [_padded(site_terms)]]
+        if not shares:
+            return self.policy([0] * len(self.choices))
+        return self.policy([int(j) for j in np.sum(shares, 0).argmin(1)])
+
+    def loss(self, policy: Mapping[str, Bits]) -> float:
+        """Return the loss of a policy: scale-free, lower is better, evaluated once and remembered.
+
+        By default the mean KL divergence of the quantized from the float network on the selection split, with one fixed
+        quantizer on the float weights (`bitwright.quant.reference`).
+        """
+        key = self.policy(self.index(policy))
+        if key not in self._losses:
+            self._losses[key] = float(self._evaluator(key))
+            self.evaluations += 1
+        return self._losses[key]
+
+    @cached_property
+    def _evaluator(self) -> Loss:
+        if self._evaluate is not None:
+            return self._evaluate
+        from bitwright.quant.reference import ReferenceLoss  # noqa: PLC0415  (only where it is used)
+
+        return ReferenceLoss(self.model, self.data.selection, self.data.fit, self.sites, self.seed)
+
+    def uniform(self) -> Policy | None:
+        """Return the widest policy of one width pair that keeps every budget, or None.
+
+        Every pair of a weight and an activation width that some free site offers is tried, widest first: by the narrower of the
+        two widths, then by the wider, then by the weight width (so W3A3 comes before W8A2). A site that lacks the pair takes the
+        nearest of its choices by the ratio of widths; pinned sites keep theirs.
+        """
+        free = [bits for name, allowed in self.choices.items() if name not in self.pins for bits in allowed]
+        pairs = itertools.product({bits.w for bits in free}, {bits.a for bits in free}) if free else [(1, 1)]
+        for pair in sorted(itertools.starmap(Bits, pairs), key=lambda bits: (min(bits), max(bits), bits.w), reverse=True):
+            policy = Policy((name, _nearest(allowed, pair)) for name, allowed in self.choices.items())
+            if self.feasible(policy):
+                return policy
+        return None
+
+    def check(self) -> None:
+        """Raise `BudgetError` unless some policy keeps every budget: it says the reachable ranges and the nearest feasible limits."""
+        ranges = allocation.reachable(self)
+        for budget, (low, high) in zip(self.budgets, ranges, strict=True):
+            if budget.limit < low:
+                unit = budget.cost.unit
+                raise BudgetError(
+                    f"budget '{budget.text}' ({budget.limit} {unit}) cannot be met: the choices reach {low} to {high} {unit}; "
+                    f"the nearest feasible limit is {low} {unit}"
+                )
+        nearest_limits = allocation.nearest_limits(self.terms, self.limits)
+        if any(k is None or k > limit for k, limit in zip(nearest_limits, self.limits, strict=True)):
+            raise BudgetError(self._joint_text(ranges, nearest_limits))
+
+    def _joint_text(self, ranges: Sequence[tuple[int, int]], nearest_limits: Sequence[int | None]) -> str:
+        parts, ways = [], []
+        for budget, (low, high), found in zip(self.budgets, ranges, nearest_limits, strict=True):
+            parts.append(f"'{budget.text}' alone reaches {low} to {high} {budget.cost.unit}")
+            if found is not None:
+                ways.append(f"'{budget.text}' to {found + budget.cost.fixed} {budget.cost.unit}")
+        way = "raise " + " or ".join(ways) if ways else "raise several of them"
+        return f"budgets {', '.join(repr(b.text) for b in self.budgets)} cannot be met together: {'; '.join(parts)}; {way}"
+
+    def on(self, model: nn.Module, data: HasSplits | None = None, *, evaluate: Loss | None = None) -> Problem:
+        """Return the problem of another network and data with the same sites, choices and *target* costs.
+
+        The sites are matched by name: a proxy network must hold the same layers, whatever their sizes.
+
+        Raises:
+            SiteError: a layer of a site is missing in ``model``.
+        """
+        known = [name for name, _ in itertools.chain(model.named_modules(), model.named_parameters())]
+        for site in self.sites:
+            for layer in site.layers:
+                owner = layer.partition("#")[0]
+                if owner not in known:
+                    raise SiteError(f"on: the other network has no layer '{owner}' for site '{site.name}'; {nearest(owner, known)}")
+        return Problem(model, self.trace, self.choices, self.budgets, data, seed=self.seed, kind=self.kind, evaluate=evaluate)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what makes this problem this one, as JSON-able parts that can be compared one by one."""
+        return {
+            "sites": [[site.name, site.kind, list(site.weight_shape), site.macs] for site in self.sites],
+            "choices": {name: [list(bits) for bits in allowed] for name, allowed in self.choices.items()},
+            "budgets": [[budget.cost.name, budget.limit] for budget in self.budgets],
+            "data": None if self._data is None else [len(self._data.fit), len(self._data.selection), self._data.fit.classes],
+            "seed": self.seed,
+            "weights": digest(self.model),
+        }
+
+
+def digest(model: nn.Module) -> str:
+    """Return the SHA-256 of a network's parameters and buffers, names and bytes.
+
+    >>> net = nn.Linear(2, 2)
+    >>> before = digest(net)
+    >>> _ = nn.init.constant_(net.bias, 7.0)
+    >>> digest(net) == before
+    False
+    """
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _checked_choices(trace: Trace, choices: Choices) -> dict[str, tuple[Bits, ...]]:
+    names = [site.name for site in trace.sites]
+    for name in choices:
+        if name not in names:
+            raise SiteError(f"choices: no site '{name}' in the model; {nearest(name, names)}")
+    for name in names:
+        if not choices.get(name):
+            raise PolicyError(f"choices: site '{name}' has none; give it at least one, or name it in skip= when tracing")
+        if len(set(choices[name])) != len(choices[name]):
+            raise PolicyError(f"choices: site '{name}' has the same bits twice ({_listed(choices[name])}); give each once")
+    return {name: tuple(check_bits(Bits(*bits), f"choices of '{name}'") for bits in choices[name]) for name in names}
+
+
+def _listed(allowed: Sequence[Bits]) -> str:
+    return ", ".join(map(repr, allowed))
+
+
+def _nearest(allowed: Sequence[Bits], pair: Bits) -> Bits:
+    """Return the choice at the least distance by the ratios of widths; of two equally near ones the narrower."""
+    return min(allowed, key=lambda bits: (abs(math.log2(bits.w / pair.w)) + abs(math.log2(bits.a / pair.a)), bits))
+
+
+def _padded(site_terms: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    padded = np.full((len(site_terms), max(map(len, site_terms))), np.inf)
+    for row, column in zip(padded, site_terms, strict=True):
+        row[: len(column)] = column
+    return padded
