@@ -1,0 +1,7 @@
+"""Data: splits that give batches, and the named data sets."""
+
+from bitwright.data.folders import FolderSplit
+from bitwright.data.sources import Data, available_data, check_model, load_data
+from bitwright.data.splits import DatasetSplit, Split, TensorSplit, check_labels
+
+__all__ = ["Data", "DatasetSplit", "FolderSplit", "Split", "TensorSplit", "available_data", "check_labels", "check_model", "load_data"]
