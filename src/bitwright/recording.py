@@ -163,7 +163,7 @@ class Recorder(TorchFunctionMode):
             return  # arithmetic on parameters and buffers alone, such as a table of positions
         weight = self._weight(call)
         if weight is None:
-            if self._skip(frame.path, address):
+            if self._skip(address, frame.path):
                 return
             self._check_product(frame, call)
             self._add(address, address, call, None, left.numel() + right.numel())

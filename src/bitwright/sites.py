@@ -55,6 +55,11 @@ class Site:
     channel_axis: int
     tensors: tuple[tuple[int, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.weights and not self.tensors:
+            channels = self.weight_shape[self.channel_axis] * (self.groups if "transpose" in self.kind else 1)
+            object.__setattr__(self, "tensors", ((self.weights, channels),))
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -184,8 +189,6 @@ def _preserved(model: nn.Module) -> Iterator[None]:
 
 def _site(entry: Entry, batch: int) -> Site:
     weight, axis, call = entry.weight, entry.axis, entry.call
-    count = 0 if weight is None else weight.numel()
-    channels = 0 if weight is None else weight.shape[axis] * (call.groups if "transpose" in call.kind else 1)
     return Site(
         name=entry.name,
         kind="linear" if call.kind == "matmul" and weight is not None and weight.dim() == 2 else call.kind,
@@ -194,11 +197,10 @@ def _site(entry: Entry, batch: int) -> Site:
         groups=call.groups,
         calls=entry.calls,
         operands=2 if weight is None else 1,
-        weights=count,
+        weights=0 if weight is None else weight.numel(),
         macs=-(-entry.macs // batch),
         acts=-(-entry.acts // batch),
         channel_axis=axis,
-        tensors=() if weight is None else ((count, channels),),
     )
 
 
