@@ -244,21 +244,23 @@ class Problem:
         ranges = allocation.reachable(self)
         for budget, (low, high) in zip(self.budgets, ranges, strict=True):
             if budget.limit < low:
-                unit = budget.cost.unit
                 raise BudgetError(
-                    f"budget '{budget.text}' ({budget.limit} {unit}) cannot be met: the choices reach {low} to {high} {unit}; "
-                    f"the nearest feasible limit is {low} {unit}"
+                    f"budget '{budget.text}' cannot be met: its limit is {self._shown(budget, budget.limit)} and the choices reach "
+                    f"{self._shown(budget, low)} to {self._shown(budget, high)}; the nearest feasible limit is {self._shown(budget, low)}"
                 )
         nearest_limits = allocation.nearest_limits(self.terms, self.limits)
         if any(k is None or k > limit for k, limit in zip(nearest_limits, self.limits, strict=True)):
             raise BudgetError(self._joint_text(ranges, nearest_limits))
 
+    def _shown(self, budget: Budget, total: int) -> str:
+        return f"{budget.cost.show(total, self.sites)} ({total} {budget.cost.unit})"
+
     def _joint_text(self, ranges: Sequence[tuple[int, int]], nearest_limits: Sequence[int | None]) -> str:
         parts, ways = [], []
         for budget, (low, high), found in zip(self.budgets, ranges, nearest_limits, strict=True):
-            parts.append(f"'{budget.text}' alone reaches {low} to {high} {budget.cost.unit}")
+            parts.append(f"'{budget.text}' alone reaches {self._shown(budget, low)} to {self._shown(budget, high)}")
             if found is not None:
-                ways.append(f"'{budget.text}' to {found + budget.cost.fixed} {budget.cost.unit}")
+                ways.append(f"'{budget.text}' to {self._shown(budget, found + budget.cost.fixed)}")
         way = "raise " + " or ".join(ways) if ways else "raise several of them"
         return f"budgets {', '.join(repr(b.text) for b in self.budgets)} cannot be met together: {'; '.join(parts)}; {way}"
 

@@ -1,0 +1,63 @@
+"""The search methods: the folder is the registry, one file per method, named like it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from bitwright.driver import SearchMethod
+from bitwright.errors import RecipeError, nearest
+
+GROUP = "bitwright.methods"
+"""The entry-point group by which an installed package adds methods."""
+
+
+def available() -> dict[str, type[SearchMethod[Any]]]:
+    """Return every method by name: those of this folder, and those that installed packages add.
+
+    >>> sorted({"fisher", "random", "uniform"} & set(available()))
+    ['fisher', 'random', 'uniform']
+    """
+    own = {module.name: _in_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)}
+    added = {entry.name: _checked(entry.load(), f"entry point '{entry.name}'") for entry in entry_points(group=GROUP)}
+    return dict(sorted((added | own).items()))
+
+
+def get_method(name: str) -> type[SearchMethod[Any]]:
+    """Return the method of a name, or the class that ``"package.module:Class"`` says.
+
+    Raises:
+        RecipeError: there is no such method, or it is none.
+
+    >>> get_method("uniform").ranking
+    'loss'
+    """
+    module, colon, attribute = name.partition(":")
+    if colon:
+        try:
+            return _checked(getattr(importlib.import_module(module), attribute), f"method '{name}'")
+        except (ImportError, AttributeError, ValueError) as error:
+            raise RecipeError(f"method '{name}' cannot be imported ({error}); give package.module:Class") from None
+    names = [info.name for info in pkgutil.iter_modules(__path__)]
+    if name in names:
+        return _in_module(f"{__name__}.{name}")
+    for entry in entry_points(group=GROUP, name=name):
+        return _checked(entry.load(), f"entry point '{name}'")
+    raise RecipeError(f"unknown method '{name}'; {nearest(name, names)}, or package.module:Class for one of your own")
+
+
+def _in_module(name: str) -> type[SearchMethod[Any]]:
+    module = importlib.import_module(name)
+    for kind in vars(module).values():
+        if inspect.isclass(kind) and issubclass(kind, SearchMethod) and kind.__module__ == name and not inspect.isabstract(kind):
+            return kind
+    raise RecipeError(f"{name}: holds no SearchMethod; a file in this folder is one method")
+
+
+def _checked(kind: object, what: str) -> type[SearchMethod[Any]]:
+    if not (inspect.isclass(kind) and issubclass(kind, SearchMethod)) or inspect.isabstract(kind):
+        raise RecipeError(f"{what} is no search method; give a class that derives from bitwright.driver.SearchMethod")
+    return kind
