@@ -68,6 +68,7 @@ UNSUPPORTED: Mapping[Function, str] = {
     torch.gru_cell: "GRUCell",
     torch.rnn_tanh_cell: "RNNCell",
     torch.rnn_relu_cell: "RNNCell",
+    F.multi_head_attention_forward: "F.multi_head_attention_forward (use nn.MultiheadAttention)",
     F.bilinear: "Bilinear",
     F.embedding: "Embedding",
     F.embedding_bag: "EmbeddingBag",
@@ -85,12 +86,14 @@ UNSUPPORTED: Mapping[Function, str] = {
 def slots(func: Function) -> int:
     """Return how many addresses ``owner#k`` a call of ``func`` takes: attention two (q·k, then weights·v), most none.
 
+    The call that `nn.MultiheadAttention` makes inside has addresses of its own (`bitwright.sites`) and is not counted.
+
     >>> slots(F.linear), slots(torch.relu), slots(F.scaled_dot_product_attention)
     (1, 0, 2)
     """
     if func is F.scaled_dot_product_attention:
         return 2
-    known = func is F.linear or func is torch.einsum or func in _CONVOLUTIONS or func in _PRODUCTS
+    known = func is F.linear or func is torch.einsum or func in _CONVOLUTIONS or func in _PRODUCTS or func in UNSUPPORTED
     return 1 if known else 0
 
 
@@ -98,7 +101,7 @@ def read_call(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     """Return what a call computes, one `Call` per slot; empty for a call that multiplies no two tensors.
 
     Raises:
-        SiteError: an einsum of three or more operands, or in the interleaved form.
+        SiteError: an einsum of three or more operands.
 
     >>> x, w = torch.zeros(2, 6, 5, 5), torch.zeros(8, 3, 1, 1)
     >>> call, = read_call(F.conv2d, (x, w, None, 1, 0, 1, 2), {}, F.conv2d(x, w, groups=2))
@@ -157,8 +160,6 @@ def _attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) ->
 
 
 def _einsum(args: tuple[Any, ...]) -> tuple[Call, ...]:
-    if not isinstance(args[0], str):
-        raise SiteError("einsum: the interleaved form is not understood; write torch.einsum('ij,jk->ik', a, b)")
     operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
     if len(operands) > 2:
         raise SiteError(f"einsum '{args[0]}': {len(operands)} operands; write it as products of two")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,9 +36,9 @@ class Skips:
     def _match(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
 
-    def covers(self, *names: str) -> bool:
-        """Whether a name, or a module above it, is skipped."""
-        return any(self._match(name) or any(above in self.paths for above in _above(name)) for name in names)
+    def covers(self, path: str, *names: str) -> bool:
+        """Whether one of the names is skipped, or the module at ``path`` or one above it."""
+        return any(self._match(name) for name in names) or any(above in self.paths for above in _above(path))
 
     def check_all_used(self, found: Iterable[str]) -> None:
         """Raise `SiteError` for a pattern that matched no module and none of the names ``found`` in the run."""
@@ -49,8 +48,7 @@ class Skips:
                 raise SiteError(f"skip='{pattern}' matches no module and no site; {nearest(pattern, names)}")
 
 
-def _above(name: str) -> Iterator[str]:
-    path = name.partition("#")[0]
+def _above(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
@@ -103,16 +101,15 @@ class Recorder(TorchFunctionMode):
 
     def watch(self, stack: ExitStack) -> None:
         """Follow every module's forward; ``stack`` takes the hooks off again."""
-        me = weakref.proxy(self)
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
 
             def enter(module: nn.Module, args: Any, path: str = path) -> None:
-                me.stack.append(_Frame(module, path))
+                self.stack.append(_Frame(module, path))
 
             def leave(module: nn.Module, args: Any, output: Any) -> None:
-                me.stack.pop()
+                self.stack.pop()
 
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -141,21 +138,29 @@ class Recorder(TorchFunctionMode):
 
     def _observe(self, func: Function, args: Any, kwargs: Any, out: Any) -> None:
         frame = self.stack[-1]
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and isinstance(frame.module, nn.MultiheadAttention):
             self._multihead(frame, args, kwargs)
-        elif func in UNSUPPORTED or _is_foreign(func, args, kwargs):
-            self._refuse(frame, func)
+            return
+        address = f"{frame.path}#{frame.calls}"
+        if func in UNSUPPORTED or _is_foreign(func, args, kwargs):
+            what = UNSUPPORTED.get(func, f"the operator {func}")
+            self._refuse(frame, address, f"runs {what}, which cannot be quantized")
         elif slots(func):
+            if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in tree_leaves(out)):
+                self._refuse(frame, address, f"runs {func.__name__} under vmap, which hides the batch")
             try:
                 calls = read_call(func, args, kwargs, out)
             except SiteError as error:
-                if not self._skip(frame.path):
-                    raise SiteError(f"trace: in {_where(frame)}: {error}, or skip=['{frame.path}']") from None
+                self._refuse(frame, address, f"runs {error}")
                 calls = ()
-            start = frame.calls
-            frame.calls += slots(func)
-            for k, call in enumerate(calls, start):
+            for k, call in enumerate(calls, frame.calls):
                 self._record(frame, call, f"{frame.path}#{k}")
+        frame.calls += slots(func)
+
+    def _refuse(self, frame: _Frame, address: str, found: str) -> None:
+        name = frame.path or address
+        if not self._skip(frame, name):
+            raise SiteError(f"trace: {_where(frame)} {found}; skip=['{name}'] leaves it in float")
 
     def _record(self, frame: _Frame, call: Call, address: str) -> None:
         left, right = call.operands
@@ -163,32 +168,32 @@ class Recorder(TorchFunctionMode):
             return  # arithmetic on parameters and buffers alone, such as a table of positions
         weight = self._weight(call)
         if weight is None:
-            if self._skip(address, frame.path):
+            if self._skip(frame, address):
                 return
-            self._check_product(frame, call)
+            self._check_product(frame, call, frame.path or address)
             self._add(address, address, call, None, left.numel() + right.numel())
             return
         own = _runs_own_forward(frame.module) and weight is frame.module.weight
         name, address = (frame.path, frame.path) if own else (self.names[id(weight)], address)
-        if not self._skip(name, frame.path, self.parameter_paths[id(weight)]):
+        if not self._skip(frame, name, self.parameter_paths[id(weight)]):
             self._add(name, address, call, weight, (right if weight is left else left).numel())
 
     def _weight(self, call: Call) -> Tensor | None:
         candidates = {"second": call.operands[1:], "either": call.operands, "none": ()}[call.role]
         return next((x for x in candidates if id(x) in self.names), None)
 
-    def _check_product(self, frame: _Frame, call: Call) -> None:
+    def _check_product(self, frame: _Frame, call: Call, name: str) -> None:
         """Refuse what looks like a product of activations but holds a weight that is no parameter itself."""
         right = call.operands[1]
         derived = any(x in self.constant and self.constant[x] for x in (call.operands if call.role == "either" else (right,)))
         if call.role == "second":
             found = "computed from parameters (parametrized, normalised, transposed, …)" if derived else "no parameter of the model"
             ask = "remove the parametrization" if derived else "make it an nn.Parameter"
-            raise SiteError(f"trace: in {_where(frame)}: the weight of {call.kind} is {found}; {ask}, or skip=['{frame.path}']")
+            raise SiteError(f"trace: in {_where(frame)}: the weight of {call.kind} is {found}; {ask}, or skip=['{name}']")
         if call.role == "either" and derived:
             raise SiteError(
                 f"trace: in {_where(frame)}: a matmul operand is computed from parameters (transposed, expanded, …); "
-                f"use the parameter itself, as in F.linear(x, weight), or skip=['{frame.path}']"
+                f"use the parameter itself, as in F.linear(x, weight), or skip=['{name}']"
             )
 
     def _add(self, name: str, address: str, call: Call, weight: Tensor | None, acts: int) -> None:
@@ -202,24 +207,16 @@ class Recorder(TorchFunctionMode):
         entry.macs += call.macs
         entry.acts += acts
 
-    def _skip(self, *names: str) -> bool:
+    def _skip(self, frame: _Frame, *names: str) -> bool:
         """Whether a would-be site is skipped; the first name is what `Trace.skipped` shows."""
         self.found.extend(names)
-        covered = self.skips.covers(*names)
+        covered = self.skips.covers(frame.path, *names)
         if covered:
             self.skipped.setdefault(names[0])
         return covered
 
-    def _refuse(self, frame: _Frame, func: Function) -> None:
-        if not self._skip(frame.path):
-            what = UNSUPPORTED.get(func, f"the operator {func}")
-            raise SiteError(f"trace: {_where(frame)} runs {what}, which cannot be quantized; skip=['{frame.path}'] leaves it in float")
-
     def _multihead(self, frame: _Frame, args: Any, kwargs: Any) -> None:
         """Read `nn.MultiheadAttention` from its arguments: nothing can be intercepted inside it."""
-        if not isinstance(frame.module, nn.MultiheadAttention):
-            self._refuse(frame, F.multi_head_attention_forward)
-            return
         bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
         bound.apply_defaults()
         given, path = bound.arguments, frame.path
@@ -237,18 +234,18 @@ class Recorder(TorchFunctionMode):
         keys = key.numel() // key.shape[-1] // key.shape[0] * tokens * width
         scores = query.numel() // width * given["num_heads"] * tokens
         for suffix, acts in (("qk", query.numel() + keys), ("av", scores + keys)):
-            if not self._skip(f"{path}#{suffix}", path):
+            if not self._skip(frame, f"{path}#{suffix}"):
                 self._add(f"{path}#{suffix}", f"{path}#{suffix}", Call("matmul", (query, key), query.numel() * tokens, (0, 0)), None, acts)
         self._projection(frame, f"{path}.out_proj", given["out_proj_weight"], query.numel() * width, query.numel())
 
     def _projection(self, frame: _Frame, address: str, weight: Tensor, macs: int, acts: int) -> None:
         if id(weight) not in self.names:
-            if not self._skip(frame.path, address):
+            if not self._skip(frame, address):
                 ask = f"remove its parametrization, or skip=['{frame.path}']"
                 raise SiteError(f"trace: in {_where(frame)}: the weight of {address} is no parameter of the model; {ask}")
             return
         name = self.names[id(weight)]
-        if not self._skip(name, frame.path):
+        if not self._skip(frame, name):
             self._add(name, address, Call("linear", (weight, weight), macs, (0, 0), "second"), weight, acts)
 
 
@@ -257,7 +254,8 @@ def _axis(call: Call, weight: Tensor) -> int:
 
 
 def _where(frame: _Frame) -> str:
-    return f"{type(frame.module).__name__} '{frame.path}'"
+    kind = type(frame.module).__name__
+    return f"{kind} '{frame.path}'" if frame.path else f"the model ({kind})"
 
 
 def _is_foreign(func: Function, args: Any, kwargs: Any) -> bool:

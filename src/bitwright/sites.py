@@ -138,7 +138,7 @@ def _check_traceable(model: nn.Module, skips: Skips) -> None:
         if isinstance(module, torch.jit.ScriptModule) and not skips.covers(path):
             raise SiteError(f"trace: '{path}' is a ScriptModule, which cannot be looked into; trace the Python model, or skip=['{path}']")
         if type(module).__name__ == "OptimizedModule":
-            raise SiteError(f"trace: '{path}' is compiled; trace the model before torch.compile")
+            raise SiteError(f"trace: '{path or 'the model'}' is compiled; trace it before torch.compile")
 
 
 def _run(model: nn.Module, example: Example, recorder: Recorder) -> None:
