@@ -1,0 +1,438 @@
+"""SDQ: stochastic differentiable quantization (Huang et al., ICML 2022), phase 1: finding the policy.
+
+*Published.* Every layer l and candidate width :math:`b_i` has a differentiable bit-width parameter β. A layer is quantized to
+:math:`b_i` with probability β and to the next lower :math:`b_{i-1}` with probability 1-β (fig. 1a), for the layer as a whole;
+gradients pass by a Gumbel-softmax estimator (eqs. 4, 5); a quantization-error regularizer (QER) drives the descent.
+
+*Reconstructed.* The form of the QER, the threshold at which a layer steps down, and every schedule are not public. Here the
+QER is the expected cost over its budget, weighted (by default) by how little error the step down adds; its strength follows
+the descent: it grows while the expected cost is behind a planned line to the budget and shrinks when ahead. The step size of
+β is scaled by the same strength, which makes the search independent of the scale of the loss and of the number of steps. The
+final policy is read by exact allocation over the gains measured while each β was active, near the widths that β chose.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.driver import Proposal, SearchMethod, Trial
+from bitwright.errors import RecipeError, TrainingError
+from bitwright.policy import Policy
+from bitwright.problem import Problem
+from bitwright.quant.convert import calibration_images
+from bitwright.quant.gates import Gate, GatedActivation, GatedWeight, LayerGates, WeightForm, switchable
+from bitwright.quant.modules import QuantLayer, named_quant_layers
+from bitwright.relaxation import Decisions, Granularity, logistic
+from bitwright.training.finetune import FinetuneOptions, build_loss, build_optimizer, draw_batch, learning_rate, steps_in
+
+LEAST, MOST = 1e-4, 1 - 1e-4
+REFRESH = 50
+"""Steps between two measurements of the quantization errors, and between two proposals."""
+RATIO = 4.0
+"""A gain, over the strength of the regularizer, counts for no more than this: one noisy batch must not undo many."""
+
+
+@dataclass
+class State:
+    """All that the search holds; see `SearchMethod`.
+
+    ``beta``, ``errors``: ``[row, candidate]``; ``level``: the candidate that each row steps down from; ``strength``: of the
+    regularizer, per budget; ``gains``, ``draws``: sum and number of the gains measured, ``[row, candidate, lower or upper drawn]``.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    beta: Tensor
+    level: Tensor
+    strength: Tensor
+    errors: Tensor
+    gains: Tensor
+    draws: Tensor
+    start_cost: Tensor
+    loss: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.engine: _Engine | None = None
+
+
+@dataclass(frozen=True)
+class SDQ(SearchMethod[State]):
+    """Options of SDQ's first phase.
+
+    Attributes:
+        epochs: passes over the fit split.
+        max_steps: stop after so many steps, where given.
+        batch_size: images a step.
+        gate: ``stochastic`` draws one of two adjacent widths (SDQ); ``interpolation`` mixes them by β (FracBits, the control
+            that the paper argues against); ``soft`` mixes them by a Gumbel-softmax sample.
+        qer: the regularizer: ``descent`` weighs a layer's expected cost by the inverse of the relative error that its next step
+            down would add; ``expected`` adds the expected error itself to the expected cost; ``budget`` is the expected cost alone.
+        qer_weight: of the error in ``expected``, as a share of the strength of the cost.
+        granularity: which sites decide together: ``layer``, ``block`` or ``net``.
+        beta: start of every β.
+        threshold: a row steps down when its β falls under it.
+        temperature: of the Gumbel-softmax.
+        speed: how fast β moves: 1 would walk from the top to the bottom of its row in the planned part of the search.
+        descent: share of the search in which the expected cost is planned to reach the budget.
+        final: how the policy is read: ``allocate`` (exact, over measured gains) or ``round`` (β at least one half stays).
+        quantizer: of weights: ``lsq`` (a learned step size per width), ``entropy`` or ``dorefa``.
+        lr: learning rate of the weights, along a cosine.
+        momentum: of the weights.
+        weight_decay: of the weights.
+        precision: ``float32`` or ``bfloat16``.
+        compile: compile the step.
+        channels_last: memory order of images and weights.
+    """
+
+    ranking: ClassVar[Literal["loss", "last"]] = "last"
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 128
+    gate: Literal["stochastic", "interpolation", "soft"] = "stochastic"
+    qer: Literal["descent", "expected", "budget"] = "descent"
+    qer_weight: float = 1.0
+    granularity: Granularity = "layer"
+    beta: float = 0.99
+    threshold: float = 0.1
+    temperature: float = 1.0
+    speed: float = 2.0
+    descent: float = 0.8
+    final: Literal["allocate", "round"] = "allocate"
+    quantizer: WeightForm = "lsq"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < self.beta < 1:
+            raise RecipeError(f"sdq: needs 0 < threshold < beta < 1, got threshold={self.threshold}, beta={self.beta}; try 0.1 and 0.99")
+        if min(self.epochs, self.temperature, self.speed, self.lr, self.batch_size) <= 0 or not 0 < self.descent <= 1:
+            raise RecipeError("sdq: epochs, temperature, speed, lr and batch_size must be above 0, and descent in (0, 1]")
+
+    def start(self, problem: Problem) -> State:
+        """Return every row at its widest candidate, and the network as it is."""
+        engine = _Engine(self, problem)
+        decisions = engine.decisions
+        shape = (len(decisions.rows), decisions.widest)
+        level = torch.tensor([len(row.widths) - 1 for row in decisions.rows])
+        beta = torch.full(shape, self.beta, dtype=torch.float64)
+        beta[:, 0] = 1.0
+        twice = torch.zeros(*shape, 2, dtype=torch.float64)
+        costs = decisions.expected_costs(probabilities(beta, level))
+        strength = torch.zeros(len(problem.budgets), dtype=torch.float64)
+        state = State(0, {}, {}, beta, level, strength, engine.errors(), twice, twice.clone(), costs)
+        engine.attach(state, fresh=True)
+        return state
+
+    def step(self, problem: Problem, state: State, told: Trial | None) -> tuple[State, Proposal | None]:
+        """Draw widths, train the weights on one batch, and move every β."""
+        if state.engine is None:
+            _Engine(self, problem).attach(state, fresh=False)
+        engine = state.engine
+        assert engine is not None
+        noise = logistic(len(engine.decisions.rows))
+        beta = at_level(state.beta, state.level).clamp(LEAST, MOST).requires_grad_()
+        gates = self.gates(beta, state.level, noise)
+        engine.set_gates(gates.detach(), state.level)
+        state.loss = engine.train(state.step)
+        grads = engine.gate_gradients()
+        self._measure(state, gates.detach(), grads)
+        gates.backward(grads)  # type: ignore[no-untyped-call]
+        assert beta.grad is not None
+        self._move(engine, state, beta.grad)
+        state.step += 1
+        state.optimizer = engine.optimizer.state_dict()
+        if state.step % REFRESH == 0:
+            state.errors = engine.errors()
+        last = self.done(problem, state)
+        return state, self._proposal(engine, state, last=last) if last or state.step % REFRESH == 0 else None
+
+    def done(self, problem: Problem, state: State) -> bool:
+        """Say whether all steps are taken."""
+        return state.step >= self.steps(problem)
+
+    def steps(self, problem: Problem) -> int:
+        """Return the number of steps of the whole search."""
+        total = max(1, round(self.epochs * max(1, len(problem.data.fit) // self.batch_size)))
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+    def training(self) -> FinetuneOptions:
+        """Return the options of the weights' training."""
+        return FinetuneOptions(
+            epochs=math.ceil(self.epochs),
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            low_bit_decay=False,
+            precision=self.precision,
+            compile=self.compile,
+            channels_last=self.channels_last,
+        )
+
+    def gates(self, beta: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        r"""Return the weights of the upper and lower width of each row, ``[row, 2]``, differentiable in β.
+
+        The soft sample is :math:`c = \sigma((\log\beta - \log(1-\beta) + g)/\tau)` with logistic g; ``stochastic`` takes
+        :math:`1[c > 1/2]`, a Bernoulli(β) draw, and the gradient of c. A row at its lowest candidate has the gate (1, 0).
+        """
+        upper = beta
+        if self.gate != "interpolation":
+            soft = torch.sigmoid((beta.log() - (-beta).log1p() + noise) / self.temperature)
+            hard = (soft > 0.5).to(soft.dtype)
+            upper = soft if self.gate == "soft" else hard.detach() + (soft - soft.detach())
+        upper = torch.where(level > 0, upper, torch.ones_like(upper))
+        return torch.stack([upper, 1 - upper], 1)
+
+    def _measure(self, state: State, gates: Tensor, grads: Tensor) -> None:
+        r"""Note what the upper width gained over the lower: :math:`\langle\partial L/\partial w^q, Q_{low}-Q_{up}\rangle`.
+
+        For a quadratic loss the mean of the gain seen at the upper and at the lower width is the exact difference.
+        """
+        gain = (grads[:, 1] - grads[:, 0])[:, None]
+        rows = torch.arange(len(gates))
+        for side in (0, 1):
+            share = gates[:, 1 - side]
+            state.gains[rows, state.level, side] += share * gain[:, 0]
+            state.draws[rows, state.level, side] += share
+
+    def _move(self, engine: _Engine, state: State, slope: Tensor) -> None:
+        """Move every β against the loss and the regularizer; step down where β is under its threshold."""
+        decisions = engine.decisions
+        costs, shares = cost_shares(decisions, state.beta, state.level)
+        free = state.level > 0
+        if state.step == 0:
+            typical = (slope.abs() / shares.sum(0).clamp_min(1e-12))[free]
+            state.strength.fill_(float(typical.median()) if len(typical) else 1.0)
+        pressure = (state.strength[:, None] * shares).sum(0).clamp_min(1e-30)
+        drift = self._weight_of_errors(state) + (slope / pressure).clamp(-RATIO, RATIO)
+        planned = max(1.0, self.descent * self.steps(engine.problem))
+        pace = self.speed * self.beta * torch.tensor([len(row.widths) - 1.0 for row in decisions.rows]) / planned
+        moved = (at_level(state.beta, state.level) - pace * drift).clamp(LEAST, MOST)
+        moved = torch.where(free, moved, 1.0)
+        state.beta.scatter_(1, state.level[:, None], moved[:, None])
+        # A budget that is kept already asks for nothing more.
+        down = free & (moved < self.threshold) & bool((costs > 1).any())
+        state.level -= down.to(state.level.dtype)
+        self._control(state, costs)
+
+    def _weight_of_errors(self, state: State) -> Tensor:
+        """Return the regularizer's pull on each row, 1 on average over the rows that can still step down."""
+        free = state.level > 0
+        if self.qer == "budget" or not bool(free.any()):
+            return torch.ones_like(state.beta[:, 0])
+        upper, lower = at_level(state.errors, state.level), at_level(state.errors, (state.level - 1).clamp_min(0))
+        if self.qer == "expected":
+            added = (lower - upper) / (lower - upper)[free].mean().clamp_min(1e-12)
+            return 1 - self.qer_weight * added.clamp(0, RATIO) * 0.5
+        weight = 1 / (lower / lower[free].mean().clamp_min(1e-12) + 0.1)
+        return (weight / weight[free].mean()).clamp_max(RATIO)
+
+    def _control(self, state: State, costs: Tensor) -> None:
+        """Let the regularizer's strength follow how far each expected cost is from its planned descent."""
+        engine = state.engine
+        assert engine is not None
+        progress = min(1.0, (state.step + 1) / (self.descent * self.steps(engine.problem)))
+        plan = state.start_cost ** (1 - progress)
+        behind = (costs / plan).log() / 0.05
+        state.strength *= torch.exp(0.1 * behind.clamp(-1, 1))
+
+    def _proposal(self, engine: _Engine, state: State, *, last: bool) -> Proposal:
+        """Return the policy that the search stands at."""
+        decisions = engine.decisions
+        index = rounded(state.beta, state.level)
+        policy = decisions.policy(index)
+        if last and self.final == "allocate":
+            policy = allocate_near(decisions, state, index) or policy
+        free = [(r, decisions.rows[r]) for r in decisions.free]
+        gates = {f"{row.sites[0]}:{row.kind}": self._gate_of(row.widths, state, r) for r, row in free}
+        expected = decisions.expected_costs(probabilities(state.beta, state.level)) * torch.tensor(decisions.limits)
+        note = {"loss": state.loss, "strength": float(state.strength.max()), **alarms(decisions, policy)}
+        if last and note["stuck"] + note["collapsed"]:
+            warnings.warn(_alarm_text(note, len(decisions.free)), stacklevel=2)
+        return Proposal(policy, tuple(expected.tolist()), gates, note)
+
+    def _gate_of(self, widths: tuple[int, ...], state: State, row: int) -> list[float]:
+        """Return the distribution of one row over its candidates."""
+        return [float(p) for p in probabilities(state.beta, state.level)[row, : len(widths)]]
+
+
+def at_level(table: Tensor, level: Tensor) -> Tensor:
+    """Return ``table[r, level[r]]`` for every row."""
+    return table.gather(1, level[:, None])[:, 0]
+
+
+def probabilities(beta: Tensor, level: Tensor) -> Tensor:
+    """Return the distribution over candidates, ``[row, candidate]``: β at the level, 1-β just below."""
+    upper = torch.where(level > 0, at_level(beta, level), 1.0)
+    result = torch.zeros_like(beta).scatter(1, level[:, None], upper[:, None])
+    return result.scatter_add(1, (level - 1).clamp_min(0)[:, None], (1 - upper)[:, None])
+
+
+def cost_shares(decisions: Decisions, beta: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the expected costs over their limits ``[budget]``, and what each row adds to them per unit of β ``[budget, row]``."""
+    leaf = beta.detach().clone().requires_grad_()
+    costs = decisions.expected_costs(probabilities(leaf, level))
+    shares = [torch.autograd.grad(cost, leaf, retain_graph=True)[0] for cost in costs]
+    return costs.detach(), torch.stack([at_level(share, level) for share in shares])
+
+
+def rounded(beta: Tensor, level: Tensor) -> list[int]:
+    """Return each row's candidate: its level where β is at least one half, else the one below."""
+    return [int(i) if i == 0 or b >= 0.5 else int(i) - 1 for i, b in zip(level, at_level(beta, level), strict=True)]
+
+
+def allocate_near(decisions: Decisions, state: State, index: list[int]) -> Policy | None:
+    """Return the feasible policy of least measured loss within one candidate of ``index``; further away if none is there."""
+    values = losses_of(decisions, state)
+    places = torch.arange(decisions.widest)[None]
+    for reach in range(1, decisions.widest + 1):
+        found = decisions.allocate(values, (places - torch.tensor(index)[:, None]).abs() <= reach)
+        if found is not None:
+            return found
+    return None
+
+
+def losses_of(decisions: Decisions, state: State) -> Tensor:
+    """Return what each candidate loses against the widest, ``[row, candidate]``, from the gains measured on the way down.
+
+    A step that was never taken is put at four times the one above it, as the error of a uniform grid grows; a step never
+    gains less than the one above it.
+    """
+    mean = state.gains / state.draws.clamp_min(1e-9)
+    seen = state.draws > 0.5
+    gain = torch.where(seen.all(2), mean.mean(2), torch.where(seen, mean, 0.0).sum(2)).clamp_min(0)
+    losses = torch.zeros_like(gain)
+    for r in decisions.free:
+        count = len(decisions.rows[r].widths)
+        above = 0.0
+        for i in range(count - 1, 0, -1):
+            above = max(above, float(gain[r, i])) if bool(seen[r, i].any()) else 4 * above + 1e-9
+            losses[r, i - 1] = losses[r, i] + above
+    return losses
+
+
+def alarms(decisions: Decisions, policy: Policy) -> dict[str, float]:
+    """Return the shares of free rows that never left their widest candidate and that fell to their lowest."""
+    chosen = [(row.widths, getattr(policy[row.sites[0]], row.kind)) for row in decisions.rows if len(row.widths) > 1]
+    count = max(1, len(chosen))
+    stuck = sum(width == widths[-1] for widths, width in chosen) / count
+    lowest = sum(width == widths[0] for widths, width in chosen) / count
+    return {"stuck_share": stuck, "lowest_share": lowest, "stuck": float(stuck > 0.9), "collapsed": float(lowest > 0.9)}
+
+
+def _alarm_text(note: dict[str, float], rows: int) -> str:
+    if note["stuck"]:
+        return f"sdq: {note['stuck_share']:.0%} of {rows} bit-widths did not move; search longer, or raise speed, or tighten the budget"
+    fell = f"{note['lowest_share']:.0%} of {rows} bit-widths fell to the lowest candidate"
+    return f"sdq: {fell}; the budget leaves no choice, or speed is too high"
+
+
+class _Engine:
+    """The live network of a search; it holds no state of its own: its tensors are those of the `State` it is attached to."""
+
+    def __init__(self, method: SDQ, problem: Problem):
+        self.method, self.problem = method, problem
+        self.decisions = Decisions(problem, method.granularity)
+        self.device = next(problem.model.parameters()).device
+        self.row_gates = [self._gate(row.widths) for row in self.decisions.rows]
+        images = calibration_images(problem.data.fit)
+        assert images is not None
+        self.images = images.to(self.device)
+        gates = {layer: self._layer_gates(name) for name in problem.choices for layer in problem.trace[name].layers}
+        self.network = switchable(problem.model, gates, self.images, form=method.quantizer)
+        order = torch.channels_last if method.channels_last else torch.contiguous_format
+        self.network.train().to(memory_format=order)  # type: ignore[call-overload]
+        self.options = method.training()
+        self.optimizer = build_optimizer(self.network, self.options, without=[gate.weights for gate in self.row_gates if gate is not None])
+        self.loss_of = build_loss(self.network, None, self.options)
+
+    def _gate(self, widths: tuple[int, ...]) -> Gate | None:
+        """Return the gate of a row between its two widest candidates, or None for a row without a choice."""
+        if len(widths) == 1:
+            return None
+        gate = Gate.at([widths[-1], widths[-2]], [1.0, 0.0])
+        return Gate(gate.widths.to(self.device), nn.Parameter(gate.weights.data.to(self.device)))
+
+    def _layer_gates(self, site: str) -> LayerGates:
+        both = [self.row_gates[r] or self.decisions.rows[r].widths[0] for r in self.decisions.of_site[site]]
+        return LayerGates(*both)
+
+    def attach(self, state: State, *, fresh: bool) -> None:
+        """Make the tensors of the network those of a state; a fresh state takes the network's."""
+        if not fresh:
+            self.network.load_state_dict(state.weights)
+            self.optimizer.load_state_dict(state.optimizer)
+        state.weights = dict(self.network.state_dict())
+        state.optimizer = self.optimizer.state_dict()
+        state.engine = self
+
+    def set_gates(self, gates: Tensor, level: Tensor) -> None:
+        """Write widths and weights of every gate in place."""
+        for row, gate, weights, place in zip(self.decisions.rows, self.row_gates, gates.float(), level.tolist(), strict=True):
+            if gate is not None:
+                gate.widths.copy_(torch.tensor([row.widths[place], row.widths[max(0, place - 1)]]))
+                gate.weights.data.copy_(weights)
+                gate.weights.grad = None
+
+    def train(self, step: int) -> float:
+        """Take one optimizer step of the weights, leave the gradient in the gates, and return the loss."""
+        method, data = self.method, self.problem.data.fit
+        epoch_steps, _ = steps_in(data, self.options)
+        x, y = draw_batch(data, step, epoch_steps, method.batch_size, self.problem.seed)
+        if method.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        rate = learning_rate(self.options, step, method.steps(self.problem), epoch_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        loss = self.loss_of(x.to(self.device), y.to(self.device), torch.zeros((), device=self.device))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"sdq: the loss is {value} at step {step}; lower lr (now {method.lr}) or check the data")
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def gate_gradients(self) -> Tensor:
+        """Return the gradient of the loss in every gate, float64 ``[row, 2]``."""
+        zero = torch.zeros(2)
+        grads = [zero if gate is None or gate.weights.grad is None else gate.weights.grad.cpu() for gate in self.row_gates]
+        return torch.stack(grads).double()
+
+    def errors(self) -> Tensor:
+        """Return the relative quantization error of every candidate, float64 ``[row, candidate]``: of weights as they are now,
+        of inputs on the calibration images.
+        """
+        errors = torch.zeros(len(self.decisions.rows), self.decisions.widest, dtype=torch.float64)
+        layers = dict(named_quant_layers(self.network))
+        for r in self.decisions.free:
+            row = self.decisions.rows[r]
+            members = [layers[layer] for site in row.sites for layer in self.problem.trace[site].layers]
+            for i, width in enumerate(row.widths):
+                errors[r, i] = sum(_relative_error(member, row.kind, width, self.device) for member in members) / len(members)
+        return errors
+
+
+def _relative_error(layer: QuantLayer, kind: str, width: int, device: torch.device) -> float:
+    """Return the relative squared error of a width; of inputs, as it was on the calibration images."""
+    bits = torch.tensor(width, device=device)
+    with torch.no_grad():
+        if kind == "w":
+            quantizer, value = layer.weight_quantizer, layer.weight
+            assert isinstance(quantizer, GatedWeight)
+            return float((quantizer.at_width(value, bits) - value).square().sum() / value.square().sum().clamp_min(1e-12))
+        inputs = layer.input_quantizer
+        assert isinstance(inputs, GatedActivation)
+        return float(inputs.error[(bits - 1).clamp_max(7)])

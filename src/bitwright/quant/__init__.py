@@ -1,0 +1,8 @@
+"""Quantizers, quantized layers and the conversion of a network."""
+
+from bitwright.quant.convert import QuantOptions, quantize, verify_widths
+from bitwright.quant.functional import fake_quantize
+from bitwright.quant.modules import QuantLayer, named_quant_layers
+from bitwright.quant.quantizers import Codes
+
+__all__ = ["Codes", "QuantLayer", "QuantOptions", "fake_quantize", "named_quant_layers", "quantize", "verify_widths"]

@@ -1,0 +1,71 @@
+"""BatchNorm statistics of a quantized network, corrected with the float network as control variate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+def batchnorms(model: nn.Module) -> dict[str, BatchNorm]:
+    """Return the BatchNorm modules that keep running statistics, by path."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[Statistics]:
+    """Normalise by the batch and record each BatchNorm's input mean and variance; running statistics stay as they are."""
+    seen: Statistics = {}
+    modules = batchnorms(model)
+    saved = {name: (m.training, m.momentum, m.num_batches_tracked) for name, m in modules.items()}
+    handles = []
+    for name, module in modules.items():
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            axes = [k for k in range(args[0].dim()) if k != 1]
+            seen[name] = (args[0].mean(axes), args[0].var(axes, correction=0))
+
+        handles.append(module.register_forward_pre_hook(record))
+        module.training, module.momentum, module.num_batches_tracked = True, 0.0, None
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, module in modules.items():
+            module.training, module.momentum, module.num_batches_tracked = saved[name]
+
+
+def collect(model: nn.Module, images: Tensor) -> Statistics:
+    """Return the statistics of one forward pass in which every BatchNorm normalises by the batch."""
+    with torch.no_grad(), batch_statistics(model) as seen:
+        model(images)
+    return seen
+
+
+def correct_batchnorm(quantized: nn.Module, reference: nn.Module, images: Tensor, known: Statistics | None = None) -> None:
+    r"""Shift the running statistics of a quantized network by what quantization changed on the same images.
+
+    :math:`\mu \leftarrow \mu + \mu_q - \mu_f`, :math:`\sigma^2 \leftarrow \sigma^2\,\sigma_q^2/\sigma_f^2`, where q and f
+    are the quantized and the float network on one batch: the batch's own sampling error cancels, which plain
+    re-estimation does not do (control variates, e.g. Glasserman, 2003, §4.1).
+
+    Args:
+        quantized: network to correct in place; both networks in evaluation mode.
+        reference: float network with BatchNorm modules at the same paths.
+        images: one batch of inputs.
+        known: the reference's statistics on these images, where they are at hand.
+    """
+    before = known if known is not None else collect(reference, images)
+    after = collect(quantized, images)
+    with torch.no_grad():
+        for name, module in batchnorms(quantized).items():
+            if name not in before or name not in after or module.running_mean is None or module.running_var is None:
+                continue
+            module.running_mean += after[name][0] - before[name][0]
+            module.running_var *= after[name][1].clamp_min(1e-12) / before[name][1].clamp_min(1e-12)

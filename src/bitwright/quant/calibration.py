@@ -1,0 +1,102 @@
+"""Where a step size starts: min-max, percentile or least squares over what a tensor holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import BitwrightError
+from bitwright.quant.functional import SIGNED_MAX, SIGNED_MIN, SIGNED_MIN_NARROW, UNSIGNED_MAX, fake_quantize
+
+Rule = Literal["minmax", "percentile", "mse"]
+
+TINY = 1e-8
+"""The smallest step size: an all-zero channel gets it."""
+PERCENTILE = 0.999
+"""Share of magnitudes that the percentile rule keeps inside the clip."""
+CANDIDATES = 80
+"""Step sizes that the least-squares rule tries between a fiftieth of the min-max step and 1.2 of it."""
+SAMPLE = 1 << 18
+"""Most values that a per-tensor calibration looks at; more are thinned out evenly."""
+
+
+def is_signed(x: Tensor) -> bool:
+    """Return whether a tensor holds negative values, so that its grid needs negative codes.
+
+    >>> is_signed(torch.tensor([0.0, 2.0])), is_signed(torch.tensor([-0.1, 2.0]))
+    (False, True)
+    """
+    return bool((x < 0).any())
+
+
+def calibrate(x: Tensor, bits: int, *, signed: bool = True, narrow: bool = False, axis: int | None = None, rule: Rule = "mse") -> Tensor:
+    """Return the step size that a rule chooses for a tensor.
+
+    Args:
+        x: values, any shape, finite.
+        bits: width, 1 to 8.
+        signed: whether the grid has negative codes.
+        narrow: whether the grid is symmetric.
+        axis: one step size for each index of this axis; None for one in all.
+        rule: ``"minmax"`` covers the largest magnitude, ``"percentile"`` all but the largest thousandth, ``"mse"`` has the
+            least squared error over a line of candidates.
+
+    Returns:
+        Positive step sizes: 0-dimensional, or of ``x``'s rank with 1 everywhere but at ``axis``.
+
+    Raises:
+        BitwrightError: the rule is unknown, or the tensor is empty or not finite.
+
+    >>> calibrate(torch.tensor([-2.0, 1.0]), 2, rule="minmax")
+    tensor(1.)
+    """
+    if rule not in ("minmax", "percentile", "mse"):
+        raise BitwrightError(f"calibration rule '{rule}' is unknown; use minmax, percentile or mse")
+    if x.numel() == 0 or not bool(torch.isfinite(x).all()):
+        raise BitwrightError("calibration got a tensor that is empty or holds values that are not finite; check the calibration data")
+    rows = _rows(x.detach().float(), axis)
+    widest = _minmax(rows, bits, signed=signed, narrow=narrow)
+    if rule == "percentile":
+        keep = max(1, math.ceil(PERCENTILE * rows.shape[1]))
+        kept = rows.abs().kthvalue(keep, dim=1).values[:, None]
+        widest = _minmax(rows.clamp(-kept, kept), bits, signed=signed, narrow=narrow)
+    step = widest.clamp_min(TINY)
+    if rule == "mse":
+        step = _least_squares(rows, step, lambda values, s: fake_quantize(values, s, bits, signed=signed, narrow=narrow))
+    if axis is None:
+        return step[0]
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return step.view(shape)
+
+
+def _rows(x: Tensor, axis: int | None) -> Tensor:
+    """Return the values as one row for each step size."""
+    if axis is not None:
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    flat = x.reshape(-1)
+    return flat[:: max(1, math.ceil(flat.numel() / SAMPLE))][None]
+
+
+def _minmax(rows: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
+    """Return for each row the step whose grid reaches its extremes; a grid of one sign ignores the other."""
+    if not signed:
+        return rows.amax(1).clamp_min(0) / UNSIGNED_MAX[bits]
+    lowest = (SIGNED_MIN_NARROW if narrow else SIGNED_MIN)[bits]
+    below, above = rows.amin(1).clamp_max(0) / lowest, rows.amax(1).clamp_min(0) / SIGNED_MAX[bits]
+    return torch.maximum(below, above)
+
+
+def _least_squares(rows: Tensor, widest: Tensor, quantized: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return for each row the candidate step of least squared error."""
+    best, least = widest, torch.full_like(widest, math.inf)
+    for k in range(1, CANDIDATES + 1):
+        step = (widest * (0.02 + 1.18 * k / CANDIDATES)).clamp_min(TINY)
+        error = (quantized(rows, step[:, None]) - rows).square().sum(1)
+        better = error < least
+        best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return best

@@ -1,0 +1,209 @@
+"""From a float network and a policy to a quantized copy of it."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError, PolicyError, nearest
+from bitwright.policy import Bits, Policy
+from bitwright.quant.batchnorm import Statistics, correct_batchnorm
+from bitwright.quant.calibration import Rule
+from bitwright.quant.functional import UNTOUCHED
+from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, named_quant_layers, replace_module
+from bitwright.quant.quantizers import SCHEMES, ActivationQuantizer, Scheme, activation_quantizer, weight_quantizer
+
+if TYPE_CHECKING:
+    from bitwright.data import Split
+    from bitwright.sites import Site
+
+CALIBRATION_IMAGES = 256
+"""Images of a calibration split that are looked at."""
+
+
+@dataclass(frozen=True)
+class QuantOptions:
+    """How layers are quantized once their widths are known.
+
+    Attributes:
+        quantizer: ``lsq``, ``entropy``, ``dorefa`` or ``pact``; see `bitwright.quant.quantizers`.
+        per_channel: one weight step size for each output channel (``lsq``).
+        narrow: symmetric weight grids (``lsq``).
+        entropy: step sizes in units of the filter's mean magnitude (``lsq``).
+        rule: calibration of step sizes: ``mse``, ``minmax`` or ``percentile``.
+    """
+
+    quantizer: Scheme = "lsq"
+    per_channel: bool = True
+    narrow: bool = False
+    entropy: bool = False
+    rule: Rule = "mse"
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in SCHEMES:
+            raise BitwrightError(f"quantizer '{self.quantizer}' is unknown; {nearest(self.quantizer, SCHEMES)}")
+
+
+def calibration_images(calibration: Tensor | Split | None) -> Tensor | None:
+    """Return a batch of inputs from a tensor or the first images of a split's evaluation view."""
+    if calibration is None or isinstance(calibration, Tensor):
+        return calibration
+    count = min(len(calibration), CALIBRATION_IMAGES)
+    return calibration.batch(torch.arange(count), None)[0]
+
+
+def quantize(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    quantizer: Scheme = "lsq",
+    calibration: Tensor | Split | None = None,
+    correct: Iterable[str] = (),
+    sites: Sequence[Site] | None = None,
+    skip: Iterable[str] = (),
+    options: QuantOptions | None = None,
+    float_statistics: Statistics | None = None,
+) -> nn.Module:
+    """Return a quantized copy of a model; the model itself is untouched.
+
+    Args:
+        model: float network.
+        policy: bits of every quantizable layer, by module path; or by site name where ``sites`` is given.
+        quantizer: scheme, see `bitwright.quant.quantizers`; ``options`` says more and takes its place.
+        calibration: inputs ``[N, …]``, or a split; needed where an activation has fewer than 16 bits.
+        correct: ``"batchnorm"`` shifts BatchNorm statistics by what quantization changed (`correct_batchnorm`).
+        sites: the trace's sites, where a site has several layers.
+        skip: paths, or patterns, of layers that stay float and need no entry in the policy.
+        options: all options of the quantizers.
+        float_statistics: the model's own BatchNorm statistics on the calibration images, to save a pass.
+
+    Raises:
+        PolicyError: a policy names an unknown site, or a quantizable layer has no entry.
+        BitwrightError: calibration data is missing, or a correction is unknown.
+
+    >>> net = quantize(nn.Sequential(nn.Linear(4, 2)), Policy({"0": (2, 32)}))
+    >>> len(net[0].quantized_weight().unique()) <= 8
+    True
+    """
+    options = options or QuantOptions(quantizer=quantizer)
+    steps = tuple(correct)
+    for step in steps:
+        if step != "batchnorm":
+            raise BitwrightError(f"correction '{step}' is unknown; use 'batchnorm'")
+    images = calibration_images(calibration)
+    widths = _widths_by_layer(model, policy, sites, tuple(skip))
+    result = copy.deepcopy(model)
+    inputs = _activation_quantizers(result, widths, options, images)
+    for path, bits in widths.items():
+        replace_module(result, path, _shell(result.get_submodule(path), bits, inputs.get(path), options))
+    if steps:
+        if images is None:
+            raise BitwrightError("correct=('batchnorm',) needs calibration=; give a batch of inputs or a split")
+        was_training = result.training
+        correct_batchnorm(result.eval(), copy.deepcopy(model).eval(), images, float_statistics)
+        result.train(was_training)
+    return result
+
+
+def _widths_by_layer(model: nn.Module, policy: Policy, sites: Sequence[Site] | None, skip: tuple[str, ...]) -> dict[str, Bits]:
+    """Return the bits of each layer by path, after checking that policy and model name the same layers."""
+    paths = [name for name, m in model.named_modules() if isinstance(m, QUANTIZABLE)]
+    owner = {path: path for path in paths}
+    if sites is not None:
+        owner = {layer: site.name for site in sites for layer in site.layers}
+    known = dict.fromkeys(owner.values())
+    for name in policy:
+        if name not in known:
+            raise PolicyError(f"policy: the model has no site '{name}'; {nearest(name, known)}")
+    widths = {}
+    for path, site in owner.items():
+        if any(fnmatch.fnmatch(path, pattern) for pattern in skip):
+            continue
+        if site not in policy:
+            raise PolicyError(f"policy: site '{site}' has no entry; add it, or name it in skip=")
+        widths[path] = policy[site]
+    return widths
+
+
+def _activation_quantizers(
+    model: nn.Module, widths: dict[str, Bits], options: QuantOptions, images: Tensor | None
+) -> dict[str, ActivationQuantizer]:
+    """Return calibrated input quantizers for the layers that need one."""
+    wanted = {path: bits for path, bits in widths.items() if bits.a < UNTOUCHED}
+    if not wanted:
+        return {}
+    if images is None:
+        raise BitwrightError("activations below 16 bits need calibration=; give a batch of inputs or a split")
+    seen = layer_inputs(model, wanted, images)
+    quantizers = {}
+    for path, bits in wanted.items():
+        if path not in seen:
+            raise BitwrightError(f"layer '{path}' did not run on the calibration data, so its activations have no range; name it in skip=")
+        quantizers[path] = activation_quantizer(options.quantizer, bits.a, rule=options.rule)
+        quantizers[path].calibrate(seen[path])
+        quantizers[path].to(images.device)
+    return quantizers
+
+
+def layer_inputs(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, Tensor]:
+    """Return what enters each layer on some inputs, ``[N, …]``; calls of one layer are put side by side."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for path in paths:
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+            seen.setdefault(path, []).append(args[0].detach())
+
+        handles.append(model.get_submodule(path).register_forward_pre_hook(record))
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {path: calls[0] if len(calls) == 1 else torch.cat([c.flatten(1) for c in calls], 1) for path, calls in seen.items()}
+
+
+def _shell(layer: nn.Module, bits: Bits, inputs: ActivationQuantizer | None, options: QuantOptions) -> QuantLayer:
+    """Return the quantized layer that takes a float layer's place."""
+    op = Op.of(layer)
+    weight, bias = cast(nn.Parameter, layer.weight), cast("nn.Parameter | None", layer.bias)
+    weights = None
+    if bits.w < UNTOUCHED:
+        axis = op.channel_axis if options.per_channel else None
+        weights = weight_quantizer(
+            options.quantizer, weight.detach(), bits.w, axis=axis, narrow=options.narrow, entropy=options.entropy, rule=options.rule
+        ).to(weight.device)
+    shell = QuantLayer(op, weight, bias, bits, weights, inputs)
+    return shell.train(layer.training)
+
+
+def verify_widths(model: nn.Module) -> dict[str, int]:
+    """Return the largest number of distinct weight levels in a scale group of each layer, counted from the values.
+
+    Raises:
+        BitwrightError: a layer holds more levels than its width has.
+
+    >>> verify_widths(quantize(nn.Sequential(nn.Linear(64, 2)), Policy({"0": (2, 32)})))
+    {'0': 4}
+    """
+    counts = {}
+    for name, layer in named_quant_layers(model):
+        if layer.weight_quantizer is None:
+            continue
+        with torch.no_grad():
+            value, step = layer.quantized_weight(), layer.weight_quantizer.step(layer.weight)
+        group = step.dim() > 0 and step.numel() > 1
+        rows = value.movedim(layer.op.channel_axis, 0).flatten(1) if group else value.reshape(1, -1)
+        counts[name] = max(len(row.unique()) for row in rows)
+        if counts[name] > 2**layer.bits.w:
+            raise BitwrightError(f"layer '{name}' holds {counts[name]} distinct weights, but its policy says {layer.bits.w} bits")
+    return counts

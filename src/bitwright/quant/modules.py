@@ -1,0 +1,133 @@
+"""Quantized layers: thin shells that keep the names of the layer they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitwright.errors import SiteError
+from bitwright.policy import Bits
+from bitwright.quant.quantizers import ActivationQuantizer, WeightQuantizer
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a layer computes from input, weight and bias."""
+
+    kind: str
+    dims: int = 0
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    output_padding: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+    padding_both: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Op:
+        """Return the operation of a layer that torch provides; raises `SiteError` for any other."""
+        if isinstance(layer, nn.Linear):
+            return cls("linear")
+        if not isinstance(layer, QUANTIZABLE):
+            raise SiteError(f"a {type(layer).__name__} cannot be quantized; name it in skip=")
+        conv = cast(nn.Conv2d, layer)
+        kind = "transposed" if conv.transposed else "convolution"
+        both = tuple(getattr(conv, "_reversed_padding_repeated_twice", ()))
+        dims = len(conv.kernel_size)
+        return cls(kind, dims, conv.stride, conv.padding, conv.dilation, conv.groups, conv.output_padding, conv.padding_mode, both)
+
+    @property
+    def channel_axis(self) -> int:
+        """Return the output-channel axis of the weight."""
+        return 1 if self.kind == "transposed" else 0
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the layer's output."""
+        if self.kind == "linear":
+            return F.linear(x, weight, bias)
+        if self.kind == "transposed":
+            transposed = TRANSPOSED[self.dims]
+            return transposed(x, weight, bias, self.stride, cast("tuple[int, ...]", self.padding), self.output_padding, self.groups, self.dilation)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.padding_both, mode=self.padding_mode), (0,) * self.dims
+        convolution = cast("Callable[..., Tensor]", CONVOLUTIONS[self.dims])
+        return convolution(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class QuantLayer(nn.Module):
+    """A convolution or linear layer whose weight and input pass through quantizers.
+
+    Parameters keep the names ``weight`` and ``bias``, so a float network's state dict loads into it.
+
+    Args:
+        op: what the layer computes.
+        weight: latent float weight, shared with nobody.
+        bias: float bias or None.
+        bits: the widths.
+        weight_quantizer: None leaves the weight as it is (32), or rounded to bfloat16 (16).
+        input_quantizer: None leaves the input as it is.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        op: Op,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        bits: Bits,
+        weight_quantizer: WeightQuantizer | None,
+        input_quantizer: ActivationQuantizer | None,
+    ):
+        super().__init__()
+        self.op, self.bits = op, bits
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight as the forward pass uses it."""
+        if self.weight_quantizer is not None:
+            return cast(Tensor, self.weight_quantizer(self.weight))
+        if self.bits.w == 16:
+            rounded = self.weight.to(torch.bfloat16).to(self.weight.dtype).detach()
+            return rounded + (self.weight - self.weight.detach())
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output on quantized weight and input."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self.op(x, self.quantized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the widths."""
+        return f"{self.op.kind}, {tuple(self.weight.shape)}, {self.bits!r}"
+
+
+def named_quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Yield each quantized layer once, with its path."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            yield name, module
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` at every place where the module at ``path`` is registered."""
+    old = model.get_submodule(path)
+    for parent in list(model.modules()):
+        # named_children() would show a module registered twice in one parent only once
+        for name in [name for name, child in parent._modules.items() if child is old]:
+            setattr(parent, name, new)

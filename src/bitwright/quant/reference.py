@@ -1,0 +1,73 @@
+"""The loss of a policy: what one fixed post-training quantizer makes of it, without any training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.policy import Policy
+from bitwright.quant.batchnorm import collect
+from bitwright.quant.convert import quantize
+
+if TYPE_CHECKING:
+    from bitwright.data import Split
+    from bitwright.sites import Site
+
+IMAGES = 512
+"""Images of the selection split that the loss looks at, and of the fit split that calibrate it."""
+CHUNK = 256
+
+
+def divergence(reference: Tensor, quantized: Tensor) -> Tensor:
+    r"""Return how far a network's outputs moved: mean :math:`KL(p_f \| p_q)` for logits, else relative squared error.
+
+    Args:
+        reference: outputs of the float network; ``[N, classes]`` are taken for logits.
+        quantized: outputs of the quantized network, of the same shape.
+
+    >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+    tensor(0.1201)
+    """
+    if reference.dim() == 2 and reference.shape[1] > 1:
+        p, q = reference.log_softmax(1), quantized.log_softmax(1)
+        return (p.exp() * (p - q)).sum(1).mean()
+    return (quantized - reference).square().sum() / reference.square().sum().clamp_min(1e-12)
+
+
+class ReferenceLoss:
+    """Mean divergence of the quantized from the float network on the selection split.
+
+    The policy is applied to the float weights with LSQ grids, least-squares step sizes per channel and BatchNorm
+    correction (`bitwright.quant.batchnorm`), calibrated on fit images. No label is used.
+
+    Args:
+        model: float network.
+        selection: split the loss is taken on.
+        calibration: split of other images for step sizes and BatchNorm.
+        sites: the trace's sites.
+        seed: chooses which images of the two splits.
+    """
+
+    def __init__(self, model: nn.Module, selection: Split, calibration: Split, sites: Sequence[Site], seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.model = copy.deepcopy(model).eval()
+        self.sites = sites
+        self.images = selection.batch(torch.randperm(len(selection), generator=generator)[:IMAGES], None)[0]
+        self.calibration = calibration.batch(torch.randperm(len(calibration), generator=generator)[:CHUNK], None)[0]
+        self.outputs = self._outputs(self.model)
+        self.statistics = collect(self.model, self.calibration)
+
+    def _outputs(self, model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([model(chunk) for chunk in torch.split(self.images, CHUNK)])
+
+    def __call__(self, policy: Policy) -> float:
+        """Return the divergence that a policy causes."""
+        quantized = quantize(
+            self.model, policy, calibration=self.calibration, correct=("batchnorm",), sites=self.sites, float_statistics=self.statistics
+        )
+        return float(divergence(self.outputs, self._outputs(quantized.eval())))

@@ -1,0 +1,152 @@
+"""What differentiable methods share: decisions as rows of widths, their expected cost, and the way back to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitwright.allocation import allocate
+from bitwright.errors import BudgetError, SiteError
+from bitwright.policy import Bits, Policy
+from bitwright.problem import Problem
+from bitwright.sites import Site
+
+Granularity = Literal["layer", "block", "net"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decision: the width of the weights, or of the inputs, of some sites.
+
+    Attributes:
+        kind: ``w`` or ``a``.
+        sites: names of the sites that share it.
+        widths: candidates, rising; a single one is no decision.
+    """
+
+    kind: Literal["w", "a"]
+    sites: tuple[str, ...]
+    widths: tuple[int, ...]
+
+
+def rows_of(problem: Problem, granularity: Granularity) -> tuple[Row, ...]:
+    """Return the decisions of a problem: for each group of sites one row for weights and one for inputs.
+
+    ``layer`` decides for every site alone, ``block`` for the free sites whose paths share a parent (``layer1.0.conv1`` and
+    ``layer1.0.conv2``), ``net`` for all free sites together. Pinned sites have rows of one width.
+
+    Raises:
+        SiteError: the choices of a site are not all pairs of some weight and some input widths.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for site in problem.sites:
+        choices = problem.choices[site.name]
+        own = len(choices) == 1 or granularity == "layer"
+        place = site.name if own else site.name.rpartition(".")[0] if granularity == "block" else ""
+        groups.setdefault((own, place, choices), []).append(site.name)
+    rows = []
+    for names in groups.values():
+        choices = problem.choices[names[0]]
+        weights, inputs = sorted({c.w for c in choices}), sorted({c.a for c in choices})
+        if len(weights) * len(inputs) != len(choices):
+            asked = f"{len(choices)} of the {len(weights) * len(inputs)} pairs of its widths"
+            raise SiteError(f"site '{names[0]}' offers {asked}; give all pairs")
+        rows += [Row("w", tuple(names), tuple(weights)), Row("a", tuple(names), tuple(inputs))]
+    return tuple(rows)
+
+
+class Decisions:
+    """The rows of a problem as tensors: expected costs, policies and exact allocation.
+
+    Args:
+        problem: sites, choices and budgets.
+        granularity: which sites decide together.
+
+    Attributes:
+        rows: all rows; ``free`` numbers those with more than one candidate.
+    """
+
+    def __init__(self, problem: Problem, granularity: Granularity):
+        self.problem = problem
+        self.rows = rows_of(problem, granularity)
+        self.widest = max(len(row.widths) for row in self.rows)
+        self.free = [r for r, row in enumerate(self.rows) if len(row.widths) > 1]
+        self.of_site = {name: [r for r, row in enumerate(self.rows) if name in row.sites] for name in problem.choices}
+        self.tables = [self._table(k) for k in range(len(problem.budgets))]
+        self.limits = [float(max(1, limit)) for limit in problem.limits]
+        places = [self.of_site[site.name] for site in problem.sites]
+        self.weight_rows, self.input_rows = (torch.tensor([place[j] for place in places]) for j in (0, 1))
+
+    def _table(self, k: int) -> Tensor:
+        """Return the cost of each pair of candidates, float64 ``[site, weight width, input width]``."""
+        table = torch.zeros(len(self.problem.sites), self.widest, self.widest, dtype=torch.float64)
+        cost = self.problem.budgets[k].cost
+        for s, site in enumerate(self.problem.sites):
+            weights, inputs = (self.rows[r].widths for r in self.of_site[site.name])
+            for i, w in enumerate(weights):
+                for j, a in enumerate(inputs):
+                    table[s, i, j] = cost(site, Bits(w, a))
+        return table
+
+    def expected_costs(self, probabilities: Tensor) -> Tensor:
+        """Return the expected cost of each budget over its limit, differentiable.
+
+        Args:
+            probabilities: ``[row, candidate]``; weights and inputs are drawn independently.
+
+        Returns:
+            float64 ``[budget]``.
+        """
+        p = probabilities.double()
+        left, right = p[self.weight_rows], p[self.input_rows]
+        totals = [torch.einsum("sij,si,sj->", table, left, right) / limit for table, limit in zip(self.tables, self.limits, strict=True)]
+        return torch.stack(totals)
+
+    def policy(self, index: Sequence[int]) -> Policy:
+        """Return the policy that takes candidate ``index[r]`` in row r."""
+        chosen = [row.widths[i] for row, i in zip(self.rows, index, strict=True)]
+        return Policy((name, Bits(*(chosen[r] for r in self.of_site[name]))) for name in self.problem.choices)
+
+    def allocate(self, values: Tensor, allowed: Tensor) -> Policy | None:
+        """Return the feasible policy of least summed value, or None if none of the allowed candidates fit.
+
+        Args:
+            values: ``[row, candidate]``, lower is better.
+            allowed: bool ``[row, candidate]``.
+        """
+        groups = sorted({tuple(places) for places in self.of_site.values()})
+        columns, terms = [], [[] for _ in self.problem.budgets]  # type: ignore[var-annotated]
+        for weights, inputs in groups:
+            pairs = self._pairs(weights, inputs)
+            value = [float(values[weights, i] + values[inputs, j]) for i, j in pairs]
+            fits = [bool(allowed[weights, i] & allowed[inputs, j]) for i, j in pairs]
+            columns.append([v if ok else float("inf") for v, ok in zip(value, fits, strict=True)])
+            for k, budget in enumerate(self.problem.budgets):
+                sites = [self._site(name) for name in self.rows[weights].sites]
+                bits = [Bits(self.rows[weights].widths[i], self.rows[inputs].widths[j]) for i, j in pairs]
+                terms[k].append(np.array([sum(budget.cost(site, b) for site in sites) for b in bits], dtype=np.int64))
+        try:
+            chosen = allocate([np.array(column) for column in columns], terms, self.problem.limits)
+        except BudgetError:
+            return None
+        index = [0] * len(self.rows)
+        for (weights, inputs), place in zip(groups, chosen, strict=True):
+            index[weights], index[inputs] = self._pairs(weights, inputs)[place]
+        return self.policy(index)
+
+    def _pairs(self, weights: int, inputs: int) -> list[tuple[int, int]]:
+        return [(i, j) for i in range(len(self.rows[weights].widths)) for j in range(len(self.rows[inputs].widths))]
+
+    def _site(self, name: str) -> Site:
+        return self.problem.trace[name]
+
+
+def logistic(count: int) -> Tensor:
+    """Draw from the standard logistic distribution, the difference of two Gumbel variables, by torch's global generator."""
+    uniform = torch.rand(count, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    return uniform.log() - (-uniform).log1p()
