@@ -6,15 +6,31 @@ import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from bitwright.errors import RecipeError, nearest
+from bitwright.exporters import get as exporter
+from bitwright.methods import get_method
+from bitwright.quant import QuantOptions
+from bitwright.training import FinetuneOptions
 
 T = TypeVar("T")
 Options = dict[str, Any]
+
+
+def _pin(value: object) -> object:
+    """Check the bits of a pinned end; a union's own message would name its branches instead of the key."""
+    if value is None or value == "free":
+        return value
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(width, int) for width in value):
+        return tuple(value)
+    raise ValueError("expected [weight width, activation width], 'free', or nothing for the default")
+
+
+Pin = Annotated[tuple[int, int] | Literal["free"] | None, BeforeValidator(_pin)]
 
 
 class Section(BaseModel):
@@ -27,7 +43,7 @@ class DataSection(Section):
     """Which data, and how many training images are held out for selection."""
 
     name: str
-    held_out: int | None = Field(default=None, ge=1)
+    held_out: int = Field(ge=1)
     options: Options = Field(default_factory=dict)
 
 
@@ -55,8 +71,8 @@ class SearchSection(Section):
     budgets: list[str] = Field(min_length=1)
     weights: list[int] = Field(default_factory=lambda: list(range(1, 9)), min_length=1)
     activations: list[int] = Field(default_factory=lambda: [32], min_length=1)
-    pin_first: tuple[int, int] | None = None
-    pin_last: tuple[int, int] | None = None
+    pin_first: Pin = None
+    pin_last: Pin = None
     skip: list[str] = Field(default_factory=list)
     tie: list[list[str]] = Field(default_factory=list)
     steps: int | None = Field(default=None, ge=1)
@@ -70,13 +86,17 @@ class SearchSection(Section):
         return [value] if isinstance(value, str) else value
 
 
-class QuantizeSection(Section):
-    """How a policy becomes a network: the keyword arguments of `bitwright.quantize`, and the calibration images."""
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions(QuantOptions):
+    """How a policy becomes a network before it is fine-tuned.
 
-    quantizer: str = "lsq"
-    calibration: int = Field(default=512, ge=1)
-    correct: list[str] = Field(default_factory=list)
-    options: Options = Field(default_factory=dict)
+    Attributes:
+        calibration: training images that step sizes and BatchNorm statistics are taken from.
+        correct: corrections after quantization: ``batchnorm`` or nothing.
+    """
+
+    calibration: int = 512
+    correct: tuple[str, ...] = ()
 
 
 class BaselinesSection(Section):
@@ -104,7 +124,7 @@ class Recipe(Section):
     model: ModelSection
     float_training: Options | None = Field(default=None, alias="float")
     search: SearchSection
-    quantize: QuantizeSection = Field(default_factory=QuantizeSection)
+    quantize: Options = Field(default_factory=dict)
     finetune: Options | None = None
     teacher: TeacherSection | None = None
     baselines: BaselinesSection | None = None
@@ -188,7 +208,7 @@ def _put(data: dict[str, Any], path: list[str], value: object, whole: str) -> di
         return {**data, head: value}
     inner = data.get(head) or {}
     if not isinstance(inner, Mapping):
-        raise RecipeError(f"--set {whole}: '{head}' is {inner!r}, not a section; set the whole of it, for example --set {head}='{{name: …}}'")
+        raise RecipeError(f"--set {whole}: '{head}' is {inner!r}, not a section; set the whole of it: --set {head}='{{name: …}}'")
     return {**data, head: _put(dict(inner), rest, value, whole)}
 
 
@@ -230,7 +250,7 @@ def _explain(error: ValidationError) -> str:
         return f"recipe: unknown key '{place}'; {nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"recipe: key '{place}' is missing; add it, or give it with --set {place}=…"
-    expected = first["msg"].replace("Input should be", "expected")
+    expected = first["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
     return f"recipe: {place} is {_short(first['input'])}; {expected}"
 
 
@@ -251,13 +271,13 @@ def _known_keys(loc: Iterable[int | str]) -> list[str]:
 
 def _check_options(recipe: Recipe) -> None:
     """Check the free sections against the dataclasses that will receive them, before anything runs."""
-    from bitwright.methods import get_method
-    from bitwright.training import FinetuneOptions
-
     make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
+    make_options(QuantizeOptions, recipe.quantize, "quantize")
     for place, section in (("float", recipe.float_training), ("finetune", recipe.finetune)):
         if section is not None:
             make_options(FinetuneOptions, section, place)
+    if recipe.export is not None:
+        make_options(exporter(recipe.export.to), recipe.export.options, "export.options")
     if recipe.baselines is not None:
         for name in recipe.baselines.methods:
             get_method(name)

@@ -1,0 +1,237 @@
+"""A job: a recipe at work in a run directory; everything the stages share is built here, once and when first asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright import runs
+from bitwright.costs import BitOps, Budget, Size, WeightBits, parse_budget
+from bitwright.data import Data, Split, TensorSplit, check_model, load_data
+from bitwright.errors import RunError
+from bitwright.exporters.packed import packed_overhead
+from bitwright.models import build, load_weights
+from bitwright.policy import Bits, Policy
+from bitwright.problem import Choices, Problem, build_choices
+from bitwright.quant import quantize, verify_widths
+from bitwright.recipe import QuantizeOptions, Recipe, load_recipe, make_options
+from bitwright.runs import Run
+from bitwright.sites import Trace, trace
+
+Log = Callable[[str, Mapping[str, Any]], None]
+"""Called with the name of a stage and one row of numbers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and its run directory; the properties are built from the two alone.
+
+    Attributes:
+        recipe: what to do.
+        run: where it is done.
+        data_root: the folder that holds the data sets.
+        device: where the networks run.
+        log: told of progress.
+    """
+
+    recipe: Recipe
+    run: Run
+    data_root: Path | None
+    device: torch.device
+    log: Log
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe, out: str | Path, *, data_root: str | Path | None = None, device: str = "cpu", log: Log | None = None
+    ) -> Job:
+        """Open a run directory for a recipe, new or to be continued; raises `RunError` if it began with another recipe."""
+        run = Run.open(out, recipe.to_dict())
+        runs.write_text_atomic(run.path / "recipe.yaml", recipe.to_yaml())
+        root = None if data_root is None else Path(data_root)
+        return cls(recipe, run, root, torch.device(device), log or (lambda stage, row: None))
+
+    @classmethod
+    def load(cls, path: str | Path, *, data_root: str | Path | None = None, device: str = "cpu", log: Log | None = None) -> Job:
+        """Open an existing run directory with the recipe it holds."""
+        run = Run.load(path)
+        file = run.path / "recipe.yaml"
+        if not file.is_file():
+            raise RunError(f"{file}: missing; restore it from a copy, or give another --out")
+        return cls.open(load_recipe(file), path, data_root=data_root, device=device, log=log)
+
+    @cached_property
+    def data(self) -> Data:
+        """The data set, its batches on the device."""
+        section = self.recipe.data
+        data = load_data(section.name, self.data_root, held_out=section.held_out, seed=self.recipe.seed, **section.options)
+        if self.device.type == "cpu":
+            return data
+        fit, selection, test = (on_device(split, self.device) for split in (data.fit, data.selection, data.test))
+        return replace(data, fit=fit, selection=selection, test=test)
+
+    def build(self) -> nn.Module:
+        """Return the network as built, its random weights from the recipe's seed."""
+        section = self.recipe.model
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            model = build(section.name, **section.arguments)
+        model.to(self.device)
+        check_model(model, self.data)
+        return model
+
+    @cached_property
+    def untrained(self) -> nn.Module:
+        """The network as built, for what does not depend on weights."""
+        return self.build()
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The float network that is quantized, as the float stage left it."""
+        return self._restored(self.build(), "float.safetensors")
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The network's sites."""
+        section = self.recipe.search
+        return trace(self.untrained, self.data.example(), skip=section.skip, tie=section.tie)
+
+    @cached_property
+    def choices(self) -> Choices:
+        """The choices of every site."""
+        section = self.recipe.search
+        return build_choices(self.trace, section.weights, section.activations, pin_first=section.pin_first, pin_last=section.pin_last)
+
+    @cached_property
+    def overhead(self) -> int:
+        """Bytes of the packed file that no policy changes."""
+        options = {} if self.recipe.export is None or self.recipe.export.to != "packed" else self.recipe.export.options
+        return packed_overhead(self.untrained, self.trace, reference=self.reference, **options)
+
+    @property
+    def reference(self) -> tuple[str, Mapping[str, Any]]:
+        """How the float architecture is made again: its name and arguments."""
+        return self.recipe.model.name, self.recipe.model.arguments
+
+    @cached_property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The recipe's budgets."""
+        pins = {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
+        extent = {"fixed_bytes": self.overhead, "float_bytes": 4 * self.trace.parameters}
+        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent) for text in self.recipe.search.budgets)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The recipe's problem on the float network."""
+        return self.problem_of(self.network)
+
+    def problem_of(self, model: nn.Module, seed: int | None = None, evaluate: Callable[[Policy], float] | None = None) -> Problem:
+        """Return the recipe's problem on a network with these sites."""
+        seed = self.recipe.seed if seed is None else seed
+        return Problem(model, self.trace, self.choices, self.budgets, self.data, seed=seed, evaluate=evaluate)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy that the search found."""
+        file = self.run.path / "policy.json"
+        if not file.is_file():
+            raise RunError(f"{file}: not there yet; run `bitwright search {self.run.path}` first")
+        return Policy.from_json(file.read_text("utf-8"))
+
+    @property
+    def float_policy(self) -> Policy:
+        """The policy that leaves everything in float32."""
+        return Policy((name, Bits(32, 32)) for name in self.trace.names)
+
+    @cached_property
+    def teacher(self) -> nn.Module | None:
+        """The network whose soft labels are learned in fine-tuning, if the recipe has one."""
+        section = self.recipe.teacher
+        if section is None or section.name == "float":
+            return None if section is None else self.network
+        model = build(section.name, **section.arguments)
+        if section.weights is not None:
+            load_weights(model, section.weights)
+        model.to(self.device)
+        check_model(model, self.data)
+        return model.eval()
+
+    def quantize(self, policy: Policy) -> nn.Module:
+        """Return the float network quantized at a policy, calibrated on training images, its widths verified."""
+        options = make_options(QuantizeOptions, self.recipe.quantize, "quantize")
+        images = self.data.example(options.calibration)
+        model = quantize(
+            self.network,
+            policy,
+            calibration=images,
+            correct=options.correct,
+            sites=self.trace.sites,
+            options=options,
+        )
+        verify_widths(model)
+        return model
+
+    @cached_property
+    def quantized(self) -> nn.Module:
+        """The fine-tuned network."""
+        return self._restored(self.quantize(self.policy), "model.safetensors")
+
+    def _restored(self, model: nn.Module, name: str) -> nn.Module:
+        """Load the weights that a stage of this run wrote."""
+        file = self.run.path / name
+        if not file.is_file():
+            raise RunError(f"{file}: not there yet; run `bitwright run {self.run.path}` first")
+        try:
+            model.load_state_dict(runs.load_tree(file))
+        except RuntimeError as error:
+            raise RunError(f"{file}: belongs to another network ({str(error).splitlines()[-1].strip()}); give another --out") from None
+        return model.eval()
+
+    def describe(self, policy: Mapping[str, Bits]) -> dict[str, Any]:
+        """Return what a policy costs; averages are over all sites, pinned ones included, activations weighted by their number."""
+        sites = self.trace.sites
+        weights, acts = sum(site.weights for site in sites), sum(site.acts for site in sites)
+        weighted = [policy[site.name] for site in sites if site.operands == 1]
+        return {
+            "average_weight_bits": WeightBits().total(sites, policy) / weights,
+            "average_activation_bits": sum(site.acts * policy[site.name].a for site in sites) / acts,
+            "bitops": BitOps().total(sites, policy),
+            "size": Size(self.overhead).total(sites, policy),
+            "weight_widths": dict(sorted(Counter(bits.w for bits in weighted).items())),
+            "activation_widths": dict(sorted(Counter(policy[site.name].a for site in sites).items())),
+        }
+
+    def sites_table(self) -> dict[str, Any]:
+        """Return the sites, their choices and the budgets as JSON-able data: the content of sites.json."""
+        sites = [{**asdict(site), "choices": [list(bits) for bits in self.choices[site.name]]} for site in self.trace.sites]
+        budgets = [{"text": b.text, "cost": b.cost.name, "unit": b.cost.unit, "limit": b.limit} for b in self.budgets]
+        return {"sites": sites, "skipped": list(self.trace.skipped), "parameters": self.trace.parameters, "budgets": budgets}
+
+
+def on_device(split: Split, device: torch.device) -> Split:
+    """Return a split whose batches are on a device: made there if its images are a tensor, else moved there."""
+    return split.to(device) if isinstance(split, TensorSplit) else _Moved(split, device)
+
+
+class _Moved(Split):
+    """A split that moves each batch to a device."""
+
+    def __init__(self, split: Split, device: torch.device):
+        self.split, self.device, self.classes = split, device, split.classes
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        x, y = self.split.batch(index, generator)
+        return x.to(self.device), y.to(self.device)
+
+    def subset(self, index: Tensor) -> Split:
+        return _Moved(self.split.subset(index), self.device)
+

@@ -1,0 +1,258 @@
+"""The stages of a run: float, search, finetune, evaluate, baselines, export, report.
+
+Each stage is a function of a `Job` (a recipe and its run directory) that reads and writes files of that directory alone, so
+each can be run again by itself, and a run that was killed goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitwright import runs
+from bitwright.baselines import baselines_stage
+from bitwright.data import Split
+from bitwright.driver import SearchMethod, Stop, search
+from bitwright.errors import RecipeError
+from bitwright.evaluation import evaluate
+from bitwright.exporters import export
+from bitwright.job import Job
+from bitwright.methods import get_method
+from bitwright.models import available, load_weights
+from bitwright.recipe import Recipe, load_recipe, make_options
+from bitwright.report import render
+from bitwright.training import FinetuneOptions, finetune
+from bitwright.training.losses import bin_statistics
+
+CURVE_IMAGES = 2000
+CURVE_POINTS = 50
+"""The accuracy curve of a training is taken on so many selection images, at so many epochs at most."""
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path | None = None,
+    *,
+    data_root: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    log: Callable[[str, Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run all stages of a recipe, or go on where the run in ``out`` stopped; return `summary`.
+
+    Args:
+        recipe: a bundled name, a YAML file, a mapping, or a `Recipe`.
+        out: run directory; by default ``runs/<recipe name>``.
+        data_root: the folder that holds the data sets.
+        overrides: ``"a.b.c=value"`` texts.
+        device: where the networks run; runs repeat bit for bit on ``cpu``.
+        log: called with a stage's name and a row of numbers.
+
+    Raises:
+        BitwrightError: the recipe, the data, a budget or the run directory is wrong; nothing is lost.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    job = Job.open(recipe, Path(out or Path("runs") / recipe.name), data_root=data_root, device=device, log=log)
+    return run_stages(job)
+
+
+def run_stages(job: Job, stages: Sequence[str] = (), *, again: bool = False) -> dict[str, Any]:
+    """Run the stages that are asked for and not finished, and those before them that they need; return `summary`.
+
+    Args:
+        job: the recipe and its run directory.
+        stages: some of `STAGES`; by default all that the recipe has.
+        again: run the named stages once more even if they are finished.
+
+    Raises:
+        BudgetError: a budget cannot be met; checked before anything is trained.
+    """
+    if again:
+        reopen(job, stages)
+    wanted = [name for name in STAGES if (name in stages if stages else _in_recipe(job.recipe, name))]
+    needed = [name for name in ("float", "search", "finetune") if any(name in NEEDS[stage] for stage in wanted)]
+    todo = [name for name in STAGES if (name in wanted or name in needed) and not job.run.finished(name)]
+    if "float" in todo or "search" in todo:
+        _check_trainable(job.recipe)
+        job.problem_of(job.untrained).check()
+    for name in todo:
+        started = time.monotonic()
+        job.log(name, {"status": "started"})
+        facts = STAGES[name](job)
+        job.run.finish(name, seconds=round(time.monotonic() - started, 2), **facts)
+        job.log(name, {"status": "finished", **job.run.manifest["stages"][name]})
+    return summary(job)
+
+
+def reopen(job: Job, stages: Sequence[str]) -> None:
+    """Forget that some stages were finished, with what they left to resume from; their results stay until they are replaced."""
+    job.run.reopen(*stages)
+    leftovers = {"search": "checkpoint/search-*", "finetune": "checkpoint/finetune*", "float": "float/*", "baselines": "baselines*"}
+    for name in stages:
+        for path in sorted(job.run.path.glob(leftovers.get(name, "no such file"))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _in_recipe(recipe: Recipe, stage: str) -> bool:
+    asked = {"baselines": recipe.baselines is not None, "export": recipe.export is not None, "report": recipe.report}
+    return asked.get(stage, True)
+
+
+def _check_trainable(recipe: Recipe) -> None:
+    """Refuse a network that nobody trained."""
+    if recipe.model.weights is None and recipe.float_training is None and recipe.model.name in available():
+        raise RecipeError(
+            f"recipe {recipe.name}: '{recipe.model.name}' has neither model.weights nor a float section to train it; "
+            "give --set model.weights=FILE, or --set float.epochs=N"
+        )
+
+
+# ---- the stages: each returns facts for the manifest
+
+
+def float_stage(job: Job) -> dict[str, Any]:
+    """Load the float network's weights, or train them; write float.safetensors."""
+    section = job.recipe.model
+    model = job.build()
+    if section.weights is not None:
+        load_weights(model, section.weights)
+    elif job.recipe.float_training is not None:
+        train(job, model, make_options(FinetuneOptions, job.recipe.float_training, "float"), "float", job.run.inside("float"))
+        shutil.rmtree(job.run.path / "float", ignore_errors=True)
+    runs.save_tree(job.run.inside("float.safetensors"), dict(model.state_dict()))
+    return {"weights": section.weights or ("trained here" if job.recipe.float_training is not None else "as built")}
+
+
+def search_stage(job: Job) -> dict[str, Any]:
+    """Find the policy; write sites.json, search.jsonl, search.json and policy.json."""
+    section = job.recipe.search
+    method: SearchMethod[Any] = make_options(get_method(section.method), section.options, "search.options")
+    problem = job.problem
+    write_json(job, "sites.json", job.sites_table())
+    result = search(
+        problem,
+        method,
+        out=job.run.path,
+        stop=Stop(section.steps, section.seconds),
+        log=lambda row: job.log("search", row),
+        never_worse=section.never_worse,
+        save_every=section.save_every,
+    )
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}
+    facts = {"method": section.method, "status": result.status, "steps": result.steps, "loss": result.loss, "costs": list(result.costs)}
+    shown = [budget.describe(cost, problem.sites) for budget, cost in zip(problem.budgets, result.costs, strict=True)]
+    record = {**facts, "seconds": result.seconds, "budgets": shown, "uniform": uniform, **job.describe(result.policy)}
+    write_json(job, "search.json", record)
+    return facts
+
+
+def finetune_stage(job: Job) -> dict[str, Any]:
+    """Quantize the float network at the policy and fine-tune it; write model.safetensors and statistics.json."""
+    model = job.quantize(job.policy)
+    before = bin_statistics(model)
+    if job.recipe.finetune is not None:
+        options = make_options(FinetuneOptions, job.recipe.finetune, "finetune")
+        train(job, model, options, "finetune", job.run.path, teacher=job.teacher)
+    after = bin_statistics(model)
+    runs.save_tree(job.run.inside("model.safetensors"), dict(model.state_dict()))
+    write_json(job, "statistics.json", {name: {"before": before[name]._asdict(), "after": after[name]._asdict()} for name in before})
+    return {}
+
+
+def evaluate_stage(job: Job) -> dict[str, Any]:
+    """Evaluate the float and the quantized network on the test split, which nothing before has seen."""
+    results = {"float": evaluate(job.network, job.data.test), "quantized": evaluate(job.quantized, job.data.test)}
+    record = {name: result.to_dict() for name, result in results.items()}
+    costs = {"quantized": job.describe(job.policy), "float": job.describe(job.float_policy)}
+    write_json(job, "evaluation.json", {name: {**record[name], **costs[name]} for name in record})
+    return {name: result.top1 for name, result in results.items()}
+
+
+def export_stage(job: Job) -> dict[str, Any]:
+    """Write the artefact and check that it reproduces the network and keeps a size budget."""
+    section = job.recipe.export
+    to, options = ("packed", {}) if section is None else (section.to, section.options)
+    path = job.run.inside("export", "model.safetensors")
+    artefact = export(job.quantized, to, path, example=job.data.example(8), policy=job.policy, reference=job.reference, **options)
+    for budget in job.budgets:
+        if budget.cost.name == "size" and artefact.size > budget.limit:  # packed_overhead promised a bound
+            raise AssertionError(f"{path} has {artefact.size} bytes and the budget '{budget.text}' allows {budget.limit}")
+    write_json(job, "export/export.json", artefact.to_dict())
+    return {"to": to, "bytes": artefact.size}
+
+
+def report_stage(job: Job) -> dict[str, Any]:
+    """Render report.html from the files of the run."""
+    runs.write_text_atomic(job.run.inside("report.html"), render(job.run.path))
+    return {"file": "report.html"}
+
+
+# ---- what several stages need
+
+
+def train(job: Job, model: nn.Module, options: FinetuneOptions, stage: str, out: Path, teacher: nn.Module | None = None) -> None:
+    """Train a network in place and keep its curve in ``<stage>.jsonl``: one row an epoch, with accuracy on selection images."""
+    file = job.run.inside(f"{stage}.jsonl")
+    every = max(1, options.epochs // CURVE_POINTS)
+    images: Split = job.data.selection.take(CURVE_IMAGES)
+
+    def log(row: Mapping[str, Any]) -> None:
+        seen = {"selection": evaluate(model, images).top1} if row["epoch"] % every == 0 or row["epoch"] == options.epochs else {}
+        runs.append_jsonl(file, {**row, **seen})
+        job.log(stage, {**row, **seen, "epochs": options.epochs})
+
+    history = finetune(model, job.data.fit, options, teacher=teacher, out=out, log=log, seed=job.recipe.seed)
+    # A killed run logs the epochs after its last checkpoint twice: the last account of each is the true one.
+    rows = {row["epoch"]: row for row in runs.read_jsonl(file)}
+    kept = [rows.get(row["epoch"], dict(row)) for row in history.epochs]
+    runs.write_text_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def write_json(job: Job, name: str, content: object) -> None:
+    """Write a JSON file into the run directory, atomically; what is not finite becomes null."""
+    runs.write_text_atomic(job.run.inside(name), json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def summary(job: Job) -> dict[str, Any]:
+    """Return what a run has so far, as JSON-able data: stages, policy, costs, accuracies, baselines, files."""
+    path = job.run.path
+    result: dict[str, Any] = {"run": str(path), "recipe": job.recipe.name, "stages": job.run.manifest["stages"]}
+    for name in ("search", "evaluation", "baselines", "export/export"):
+        file = path / f"{name}.json"
+        if file.is_file():
+            result[name.rpartition("/")[2]] = json.loads(file.read_text("utf-8"))
+    if (path / "policy.json").is_file():
+        result["policy"] = {site: list(bits) for site, bits in job.policy.items()}
+    files = ("policy.json", "model.safetensors", "export/model.safetensors", "report.html")
+    return {**result, "files": [name for name in files if (path / name).is_file()]}
+
+
+STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "float": float_stage,
+    "search": search_stage,
+    "finetune": finetune_stage,
+    "evaluate": evaluate_stage,
+    "baselines": baselines_stage,
+    "export": export_stage,
+    "report": report_stage,
+}
+"""Every stage by name, in order."""
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "float": (),
+    "search": ("float",),
+    "finetune": ("float", "search"),
+    "evaluate": ("float", "search", "finetune"),
+    "baselines": ("float", "search", "finetune"),
+    "export": ("float", "search", "finetune"),
+    "report": (),
+}
+"""The stages whose files a stage reads."""

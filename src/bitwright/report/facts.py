@@ -1,0 +1,158 @@
+"""What a run directory says: its files, read once, with what is missing left empty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitwright.errors import RunError
+from bitwright.policy import Bits, Policy
+from bitwright.runs import Run, read_jsonl
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The files of a run.
+
+    Attributes:
+        manifest: versions, fingerprint, recipe and stages.
+        recipe: the recipe's YAML text.
+        sites: site records of sites.json, in execution order.
+        budgets: budget records of sites.json.
+        policy: the policy found, if there is one.
+        search: the lines of search.jsonl.
+        found: search.json.
+        curves: the rows of float.jsonl and finetune.jsonl, by stage.
+        statistics: per layer, in-bin variance and entropy before and after fine-tuning.
+        evaluation: evaluation.json.
+        baselines: baselines.json.
+        artefact: export/export.json.
+    """
+
+    manifest: Row
+    recipe: str
+    sites: tuple[Row, ...]
+    budgets: tuple[Row, ...]
+    policy: Policy | None
+    search: tuple[Row, ...]
+    found: Row
+    curves: Mapping[str, tuple[Row, ...]]
+    statistics: Row
+    evaluation: Row
+    baselines: Row
+    artefact: Row
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return str(self.manifest["recipe"].get("name", "run"))
+
+    @property
+    def description(self) -> str:
+        """The recipe's description."""
+        return str(self.manifest["recipe"].get("description", ""))
+
+
+def read_facts(run_dir: str | Path) -> Facts:
+    """Read a run directory; raises `RunError` if it is none, or a file in it is damaged."""
+    run = Run.load(run_dir)
+    sites = _json(run.path / "sites.json")
+    policy = run.path / "policy.json"
+    recipe = run.path / "recipe.yaml"
+    return Facts(
+        manifest=run.manifest,
+        recipe=recipe.read_text("utf-8") if recipe.is_file() else "",
+        sites=tuple(sites.get("sites", ())),
+        budgets=tuple(sites.get("budgets", ())),
+        policy=Policy.from_json(policy.read_text("utf-8")) if policy.is_file() else None,
+        search=tuple(read_jsonl(run.path / "search.jsonl")),
+        found=_json(run.path / "search.json"),
+        curves={name: tuple(read_jsonl(run.path / f"{name}.jsonl")) for name in ("float", "finetune")},
+        statistics=_json(run.path / "statistics.json"),
+        evaluation=_json(run.path / "evaluation.json"),
+        baselines=_json(run.path / "baselines.json"),
+        artefact=_json(run.path / "export" / "export.json"),
+    )
+
+
+def expected_bits(facts: Facts) -> tuple[list[float], dict[str, list[float]]]:
+    """Return the steps of the search trajectory and, per free site, the expected weight width at each.
+
+    It is the mean of a site's gate over its choices where the method logs gates, else the width that was proposed.
+    """
+    choices = {site["name"]: [Bits(*bits) for bits in site["choices"]] for site in facts.sites}
+    free = [name for name, allowed in choices.items() if len({bits.w for bits in allowed}) > 1]
+    lines = [line for line in facts.search if not line.get("uniform") and line.get("proposed")]
+    if len(lines) < 2:
+        return [], {}
+    return [float(line["step"]) for line in lines], {name: [_expected(line, name, choices[name]) for line in lines] for name in free}
+
+
+def _expected(line: Row, name: str, allowed: list[Bits]) -> float:
+    gates = line.get("gates") or {}
+    gate = gates.get(f"{name}:w") or gates.get(name)
+    if not gate or not sum(gate):
+        return float(line["proposed"][name][0])
+    widths = [bits.w for bits in allowed] if len(gate) == len(allowed) else sorted({bits.w for bits in allowed})
+    return float(sum(share * width for share, width in zip(gate, widths, strict=True)) / sum(gate))
+
+
+def alarms(facts: Facts) -> list[str]:
+    """Return what a reader should know before trusting the result, one sentence each."""
+    found = []
+    if facts.found.get("status") == "stopped":
+        found.append("The search was stopped by a step or time limit before the method was done.")
+    found += _search_alarms(facts)
+    found += _accuracy_alarms(facts)
+    return found
+
+
+def _search_alarms(facts: Facts) -> list[str]:
+    """Bits that never moved, and collapse of every site to one width."""
+    found = []
+    _, paths = expected_bits(facts)
+    still = [name for name, values in paths.items() if max(values) - min(values) < 0.05]
+    if still:
+        listed = ", ".join(still[:6]) + (" …" if len(still) > 6 else "")
+        found.append(f"The bits of {len(still)} of {len(paths)} sites never moved during the search: {listed}.")
+    if facts.policy is not None and len(paths) > 1 and len({facts.policy[name].w for name in paths}) == 1:
+        found.append("Every free site ended at the same weight width: the search collapsed to a uniform policy.")
+    last: Row = facts.search[-1] if facts.search else {}
+    if last.get("repaired"):
+        found.append("The method's last proposal broke the budget; the nearest feasible policy was taken instead.")
+    if (last.get("note") or {}).get("collapsed"):
+        found.append("Nearly every bit-width fell to its lowest candidate: the budget leaves no choice, or the search moved too fast.")
+    return found
+
+
+def _accuracy_alarms(facts: Facts) -> list[str]:
+    found = []
+    own, uniform = facts.found.get("loss"), (facts.found.get("uniform") or {}).get("loss")
+    if own is not None and uniform is not None and uniform < own:
+        found.append(
+            f"Before fine-tuning, the uniform policy of the same budget has the lower loss ({uniform:.4g} against {own:.4g}); "
+            "the comparison after fine-tuning is the one that counts."
+        )
+    verdict = facts.baselines.get("random")
+    if verdict and verdict["gap"] <= 2 * verdict["standard_error"]:
+        measured = f"{100 * verdict['gap']:+.2f} points, standard error {100 * verdict['standard_error']:.2f}"
+        rivals = f"the mean of {verdict['n']} random policies of the same budget"
+        found.append(f"The found policy does not beat {rivals} by more than two standard errors ({measured}).")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); restore it from a copy, or run its stage again") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: expected an object; restore it from a copy, or run its stage again")
+    return content
