@@ -149,7 +149,7 @@ def test_the_loaded_network_is_plain_and_frozen(tmp_path):
     assert not list(named_quant_layers(load(export(weights, "packed", tmp_path / "w", example=EXAMPLE).path, net()).head))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)), min_size=5, max_size=5), st.booleans(), st.booleans())
 def test_every_mix_of_widths_is_bitwise_and_within_its_size(tmp_path_factory, widths, per_channel, vectors):
     path = tmp_path_factory.mktemp("mix") / "m"

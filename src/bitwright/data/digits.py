@@ -15,7 +15,7 @@ MEAN, STD = (0.305,), (0.376,)
 def read_digits() -> tuple[Tensor, Tensor]:
     """Return (images, float32 [1797, 1, 8, 8] in 0 … 1; labels, int64 [1797])."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # noqa: PLC0415  (an extra, and slow to import)
     except ImportError:
         raise DataError("data: digits come with scikit-learn, which is not installed; type `pip install 'bitwright[demo]'`") from None
     digits = load_digits()

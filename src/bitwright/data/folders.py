@@ -99,7 +99,7 @@ class FolderSplit(Split):
 
     def _image(self, row: int, draws: Tensor | None) -> Tensor:
         """Return one image, uint8 [3, crop, crop]."""
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError  # noqa: PLC0415  (an extra)
 
         file = self.files[row]
         try:
@@ -122,7 +122,7 @@ class FolderSplit(Split):
         return image.crop((left, top, left + self.crop, top + self.crop))
 
     def _cut(self, image: PillowImage, draws: list[float]) -> PillowImage:
-        from PIL import ImageOps
+        from PIL import ImageOps  # noqa: PLC0415
 
         left, top, width, height = crop_box(image.size, draws[:-1], self.area)
         image = image.crop((left, top, left + width, top + height)).resize((self.crop, self.crop), resample=2)

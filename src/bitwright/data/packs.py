@@ -63,7 +63,7 @@ def read_pack(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _strip(path: Path, code: bytes, shape: tuple[int, ...]) -> Bytes:
-    from PIL import Image
+    from PIL import Image  # noqa: PLC0415  (an extra)
 
     try:
         with Image.open(io.BytesIO(code), formats=("WEBP", "PNG")) as file:
