@@ -29,7 +29,7 @@ from bitwright.quant.convert import calibration_images
 from bitwright.quant.gates import Gate, GatedActivation, GatedWeight, LayerGates, WeightForm, switchable
 from bitwright.quant.modules import QuantLayer, named_quant_layers
 from bitwright.relaxation import Decisions, Granularity, logistic
-from bitwright.training.finetune import FinetuneOptions, build_loss, build_optimizer, draw_batch, learning_rate, steps_in
+from bitwright.training.finetune import FinetuneOptions, build_loss, build_optimizer, draw_batch, learning_rate, set_memory_order, steps_in
 
 LEAST, MOST = 1e-4, 1 - 1e-4
 REFRESH = 50
@@ -352,8 +352,7 @@ class _Engine:
         self.images = images.to(self.device)
         gates = {layer: self._layer_gates(name) for name in problem.choices for layer in problem.trace[name].layers}
         self.network = switchable(problem.model, gates, self.images, form=method.quantizer)
-        order = torch.channels_last if method.channels_last else torch.contiguous_format
-        self.network.train().to(memory_format=order)  # type: ignore[call-overload]
+        set_memory_order(self.network.train(), channels_last=method.channels_last)
         self.options = method.training()
         self.optimizer = build_optimizer(self.network, self.options, without=[gate.weights for gate in self.row_gates if gate is not None])
         self.loss_of = build_loss(self.network, None, self.options)

@@ -31,8 +31,13 @@ def lookup(table: tuple[int, ...], bits: Width, like: Tensor) -> Tensor:
     """Return ``table[bits]`` as a tensor of ``like``'s dtype and device; widths above the table read its last entry."""
     last = len(table) - 1
     if isinstance(bits, Tensor):
-        return torch.tensor(table, dtype=like.dtype, device=like.device)[bits.clamp(0, last)]
+        return pick(torch.tensor(table, dtype=like.dtype, device=like.device), bits.clamp(0, last))
     return torch.tensor(table[min(bits, last)], dtype=like.dtype, device=like.device)
+
+
+def pick(table: Tensor, index: Tensor) -> Tensor:
+    """Return ``table[index]`` along the first axis; plain indexing by a 0-dimensional tensor would break a compiled graph."""
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
 
 
 def bounds(bits: Width, like: Tensor, *, signed: bool = True, narrow: bool = False) -> tuple[Tensor, Tensor]:

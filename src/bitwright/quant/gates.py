@@ -28,6 +28,7 @@ from bitwright.quant.functional import (
     dorefa_weights,
     entropy_weights,
     fake_quantize,
+    pick,
     round_to_grid,
     scale_gradient,
 )
@@ -74,7 +75,8 @@ class GatedWeight(nn.Module):
         self.gate, self.form, self.axis = gate.weights, form, axis
         if form == "lsq":
             steps = [calibrate(weight, bits, axis=axis) for bits in range(1, TABLE + 1)]
-            self.scale = nn.Parameter(torch.stack(steps))
+            self.shape = steps[0].shape
+            self.scale = nn.Parameter(torch.stack([step.flatten() for step in steps]))
             per_step = weight.numel() / weight.shape[axis]
             factors = [1 / math.sqrt(per_step * SIGNED_MAX[bits]) for bits in range(1, TABLE + 1)]
             self.register_buffer("factors", torch.tensor(factors), persistent=False)
@@ -86,7 +88,7 @@ class GatedWeight(nn.Module):
         if self.form == "entropy":
             return entropy_weights(weight.movedim(self.axis, 0), bits).movedim(0, self.axis)
         place = (bits - 1).clamp(0, TABLE - 1)
-        step = scale_gradient(self.scale[place], cast(Tensor, self.factors)[place]).abs().clamp_min(TINY)
+        step = scale_gradient(pick(self.scale, place), pick(cast(Tensor, self.factors), place)).abs().clamp_min(TINY).view(self.shape)
         low, high = bounds(bits, weight)
         return torch.where(bits >= UNTOUCHED, weight, round_to_grid(weight, step, low, high, bits == 1))
 
@@ -126,7 +128,7 @@ class GatedActivation(nn.Module):
     def at_width(self, x: Tensor, bits: Tensor) -> Tensor:
         """Return the activations on the grid of one width, a 0-dimensional tensor."""
         place = (bits - 1).clamp(0, TABLE - 1)
-        step = scale_gradient(self.scale[place], cast(Tensor, self.factors)[place]).abs().clamp_min(TINY)
+        step = scale_gradient(pick(self.scale, place), pick(cast(Tensor, self.factors), place)).abs().clamp_min(TINY)
         low, high = bounds(bits, step, signed=self.signed)
         rounded = round_to_grid(x, step, low, high, (bits == 1) if self.signed else False)
         return torch.where(bits >= UNTOUCHED, x, rounded)

@@ -139,17 +139,26 @@ def finetune(
     if len(data) == 0:
         raise DataError("fine-tuning got an empty data set; give at least one image")
     device = next(model.parameters()).device
-    order = torch.channels_last if options.channels_last else torch.contiguous_format
-    model.train().to(memory_format=order)  # type: ignore[call-overload]
-    guide = None if teacher is None else copy.deepcopy(teacher).eval().to(device).to(memory_format=order)  # type: ignore[call-overload]
+    set_memory_order(model.train(), channels_last=options.channels_last)
+    guide = None if teacher is None else copy.deepcopy(teacher).eval().to(device)
+    if guide is not None:
+        set_memory_order(guide, channels_last=options.channels_last)
     optimizer = build_optimizer(model, options)
     progress = _resume(model, optimizer, options, out)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _train(model, guide, data, options, optimizer, progress, out, log, seed)
     if options.ema:
         _load(model, progress.ema)
-    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    set_memory_order(model.eval(), channels_last=False)
     return History(tuple(progress.rows), progress.step, progress.seconds)
+
+
+def set_memory_order(model: nn.Module, *, channels_last: bool) -> None:
+    """Put the weights of 2-D convolutions in channels-last, or in contiguous, order in place."""
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=order)
 
 
 def steps_in(data: Split, options: FinetuneOptions) -> tuple[int, int]:
@@ -174,12 +183,11 @@ def _train(
     epoch_steps, steps = steps_in(data, options)
     loss_of = build_loss(model, teacher, options)
     device = next(model.parameters()).device
-    order = torch.channels_last if options.channels_last else torch.contiguous_format
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
     while progress.step < steps:
         x, y = draw_batch(data, progress.step, epoch_steps, options.batch_size, seed)
         if options.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=order)
+            x = x.contiguous(memory_format=torch.channels_last)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         lr = learning_rate(options, progress.step, steps, epoch_steps)
         pull = torch.tensor(bins_weight(progress.step / steps, options.bins, options.bins_start), device=device)
