@@ -234,4 +234,3 @@ class _Moved(Split):
 
     def subset(self, index: Tensor) -> Split:
         return _Moved(self.split.subset(index), self.device)
-

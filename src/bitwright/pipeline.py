@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bitwright import runs
@@ -22,10 +24,12 @@ from bitwright.driver import SearchMethod, Stop, search
 from bitwright.errors import RecipeError
 from bitwright.evaluation import evaluate
 from bitwright.exporters import export
+from bitwright.exporters.packed import load
 from bitwright.job import Job
 from bitwright.methods import get_method
 from bitwright.models import available, load_weights
-from bitwright.recipe import Recipe, load_recipe, make_options
+from bitwright.policy import Policy
+from bitwright.recipe import ExportSection, Recipe, load_recipe, make_options
 from bitwright.report import render
 from bitwright.training import FinetuneOptions, finetune
 from bitwright.training.losses import bin_statistics
@@ -75,6 +79,12 @@ def run_stages(job: Job, stages: Sequence[str] = (), *, again: bool = False) -> 
     """
     if again:
         reopen(job, stages)
+    with _threads(job.recipe.threads):
+        _run_missing(job, stages)
+    return summary(job)
+
+
+def _run_missing(job: Job, stages: Sequence[str]) -> None:
     wanted = [name for name in STAGES if (name in stages if stages else _in_recipe(job.recipe, name))]
     needed = [name for name in ("float", "search", "finetune") if any(name in NEEDS[stage] for stage in wanted)]
     todo = [name for name in STAGES if (name in wanted or name in needed) and not job.run.finished(name)]
@@ -87,7 +97,17 @@ def run_stages(job: Job, stages: Sequence[str] = (), *, again: bool = False) -> 
         facts = STAGES[name](job)
         job.run.finish(name, seconds=round(time.monotonic() - started, 2), **facts)
         job.log(name, {"status": "finished", **job.run.manifest["stages"][name]})
-    return summary(job)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute on so many threads for a while: a sum may round otherwise on another number, and small networks lose time on many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def reopen(job: Job, stages: Sequence[str]) -> None:
@@ -178,15 +198,9 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
 
 def export_stage(job: Job) -> dict[str, Any]:
     """Write the artefact and check that it reproduces the network and keeps a size budget."""
-    section = job.recipe.export
-    to, options = ("packed", {}) if section is None else (section.to, section.options)
-    path = job.run.inside("export", "model.safetensors")
-    artefact = export(job.quantized, to, path, example=job.data.example(8), policy=job.policy, reference=job.reference, **options)
-    for budget in job.budgets:
-        if budget.cost.name == "size" and artefact.size > budget.limit:  # packed_overhead promised a bound
-            raise AssertionError(f"{path} has {artefact.size} bytes and the budget '{budget.text}' allows {budget.limit}")
-    write_json(job, "export/export.json", artefact.to_dict())
-    return {"to": to, "bytes": artefact.size}
+    facts = export_file(job)
+    write_json(job, "export/export.json", {name: value for name, value in facts.items() if name != "path"})
+    return {"to": facts["to"], "bytes": facts["bytes"]}
 
 
 def report_stage(job: Job) -> dict[str, Any]:
@@ -214,6 +228,56 @@ def train(job: Job, model: nn.Module, options: FinetuneOptions, stage: str, out:
     rows = {row["epoch"]: row for row in runs.read_jsonl(file)}
     kept = [rows.get(row["epoch"], dict(row)) for row in history.epochs]
     runs.write_text_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def export_file(
+    job: Job, to: str | None = None, path: str | Path | None = None, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Export the fine-tuned network; format, place and options are those of the recipe where they are not given.
+
+    Raises:
+        ExportError: an unknown format or option, or the file does not reproduce the network; nothing is then left of it.
+    """
+    section = job.recipe.export or ExportSection()
+    to = to or section.to
+    chosen = {**(section.options if to == section.to else {}), **(options or {})}
+    path = Path(path) if path is not None else job.run.inside("export", "model.safetensors")
+    artefact = export(job.quantized, to, path, example=job.data.example(8), policy=job.policy, reference=job.reference, **chosen)
+    for budget in job.budgets:
+        if to == "packed" and budget.cost.name == "size" and artefact.size > budget.limit:  # packed_overhead promised a bound
+            raise AssertionError(f"{path} has {artefact.size} bytes and the budget '{budget.text}' allows {budget.limit}")
+    return {**artefact.to_dict(), "path": str(path)}
+
+
+def evaluate_file(job: Job, path: str | Path) -> dict[str, Any]:
+    """Evaluate a packed file on the run's test split; raises `ExportError` if it cannot be read."""
+    return {"path": str(path), **evaluate(load(path).to(job.device), job.data.test).to_dict()}
+
+
+def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Policy | None = None) -> Job:
+    """Begin another run with this one's float network and policy; what comes after the search may differ.
+
+    Args:
+        job: the run to begin from.
+        out: the new run's directory.
+        overrides: ``"a.b.c=value"`` changes of the recipe.
+        policy: takes the place of the run's own.
+
+    Raises:
+        PolicyError: the policy does not fit the sites.
+        RunError: ``out`` holds something else.
+    """
+    new = Job.open(load_recipe(job.recipe.to_dict(), overrides), out, data_root=job.data_root, device=str(job.device), log=job.log)
+    chosen = job.policy if policy is None else policy
+    new.problem_of(new.untrained).index(chosen)
+    for name in ("float.safetensors", "float.jsonl", "sites.json", "search.jsonl", "search.json"):
+        if (job.run.path / name).is_file() and not (policy is not None and name.startswith("search")):
+            shutil.copyfile(job.run.path / name, new.run.inside(name))
+    runs.write_text_atomic(new.run.inside("policy.json"), chosen.to_json() + "\n")
+    for stage in ("float", "search"):
+        if not new.run.finished(stage):
+            new.run.finish(stage, taken_from=job.run.manifest["fingerprint"])
+    return new
 
 
 def write_json(job: Job, name: str, content: object) -> None:

@@ -120,6 +120,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     seed: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
     data: DataSection
     model: ModelSection
     float_training: Options | None = Field(default=None, alias="float")
@@ -199,7 +200,7 @@ def override(data: Mapping[str, Any], text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in path.split(".")):
         raise RecipeError(f"--set {text}: expected key=value, for example --set search.steps=200")
-    return _put(dict(data), [part.strip() for part in path.split(".")], _parse(value, f"--set {path}"), path)
+    return _put(dict(data), [part.strip() for part in path.split(".")], parse_yaml(value, f"--set {path}"), path)
 
 
 def _put(data: dict[str, Any], path: list[str], value: object, whole: str) -> dict[str, Any]:
@@ -226,13 +227,18 @@ def _read(source: str) -> dict[str, Any]:
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:
-    data = _parse(text, where)
+    data = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: found {type(data).__name__}, expected sections such as 'data:' and 'model:'")
     return data
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text says; raises `RecipeError` for what is no YAML, or says a key twice.
+
+    >>> parse_yaml("[1, off]", "example")
+    [1, False]
+    """
     loader = _UniqueKeyLoader(text)
     try:
         return loader.get_single_data()

@@ -27,7 +27,7 @@ def render(run_dir: str | Path) -> str:
     facts = read_facts(run_dir)
     style = (resources.files("bitwright") / "report" / "style.css").read_text("utf-8")
     body = "".join(section(facts) for section in SECTIONS)
-    head = f'{META}<title>{escape(facts.name)} · bitwright</title>'
+    head = f"{META}<title>{escape(facts.name)} · bitwright</title>"
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head><body><main>{body}</main></body></html>\n'
 
 
@@ -66,7 +66,7 @@ def _alarms(facts: Facts) -> str:
     if not found and not facts.policy:
         return ""
     items = "".join(f'<p class="alarm">{escape(text)}</p>' for text in found)
-    return f'<section><h2>Alarms</h2>{items or CALM}</section>'
+    return f"<section><h2>Alarms</h2>{items or CALM}</section>"
 
 
 CALM = '<p class="calm">None: every free width moved, the policy uses several widths, and no proposal had to be repaired.</p>'
@@ -174,7 +174,7 @@ def _curves(facts: Facts) -> str:
         curve = Line("accuracy", *_column(rows, "selection", 100.0), style="series-3")
         accuracy = lines([curve], x_label="epoch", y_label="selection accuracy, %")
         parts.append(f'<h3>{title}</h3><div class="pair"><div>{loss}</div><div>{accuracy}</div></div>')
-    return f'<section><h2>Training</h2>{"".join(parts)}</section>' if parts else ""
+    return f"<section><h2>Training</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def _column(rows: Iterable[Row], name: str, factor: float = 1.0) -> tuple[list[float], list[float]]:

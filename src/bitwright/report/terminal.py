@@ -1,0 +1,50 @@
+"""The table of a run on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bitwright.report.facts import Facts, alarms, read_facts
+from bitwright.report.table import HEADINGS, PolicyRow, policy_rows
+
+
+def show(run_dir: str | Path, console: Console | None = None) -> None:
+    """Print what a run has: its policies side by side, its alarms, its files; raises `RunError` if it is no run."""
+    console = console or Console()
+    facts = read_facts(run_dir)
+    rows = policy_rows(facts)
+    groups = {"main": "result", "same": "after equal, shorter fine-tuning"}
+    for group, title in groups.items():
+        own = [row for row in rows if row.group == group]
+        if own:
+            console.print(_table(own, f"{facts.name}: {title}"))
+    for text in _notes(facts):
+        console.print(text, highlight=False)
+    for name in ("policy.json", "export/model.safetensors", "report.html"):
+        if (Path(run_dir) / name).is_file():
+            console.print(f"{name.partition('/')[0].partition('.')[0]}: {Path(run_dir) / name}", highlight=False, soft_wrap=True)
+
+
+def _table(rows: Sequence[PolicyRow], title: str) -> Table:
+    table = Table(title=title)
+    for heading in HEADINGS:
+        left = heading in ("policy", "weight widths")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "weight widths")
+    for row in rows:
+        table.add_row(*row.cells, style="bold" if row.chosen else "")
+    return table
+
+
+def _notes(facts: Facts) -> list[str]:
+    verdict = facts.baselines.get("random")
+    notes = []
+    if verdict:
+        mean = f"{100 * verdict['mean']:.2f} ± {100 * verdict['standard_error']:.2f} %"
+        notes.append(f"mean of {verdict['n']} random policies: {mean}; the found one is {100 * verdict['gap']:+.2f} points from it")
+    if facts.found and not facts.evaluation:
+        notes += [f"found: {text}" for text in facts.found["budgets"]]
+    return notes + [f"! {text}" for text in alarms(facts)]
