@@ -56,11 +56,6 @@ def round_ste(x: Tensor) -> Tensor:
     return x.round().detach() + (x - x.detach())
 
 
-def sign_ste(x: Tensor) -> Tensor:
-    """Return -1 or +1 (zero gives +1); the gradient passes unchanged."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype).detach() + (x - x.detach())
-
-
 def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     """Return ``x`` exactly, with its gradient multiplied by ``factor`` (Esser et al., 2020, listing 1)."""
     scaled = x * factor
@@ -151,7 +146,8 @@ def dorefa_weights(weight: Tensor, bits: Width) -> Tensor:
 
     :math:`\hat w = 2\,\frac{\mathrm{round}((2^b-1)\tilde w)}{2^b-1} - 1` with
     :math:`\tilde w = \frac{\tanh w}{2\max|\tanh w|} + \frac12`; at one bit
-    :math:`\hat w = \mathrm{sign}(w)\,\mathrm{mean}|w|`. The result lies in :math:`[-1, 1]`, on a half-integer grid.
+    :math:`\hat w = \mathrm{sign}(w)\,\mathrm{mean}|w|`, whose gradient passes unchanged (eq. 8). The result
+    lies in :math:`[-1, 1]` (the one-bit form in the range of the weights), on a half-integer grid.
 
     >>> dorefa_weights(torch.tensor([-1.0, 0.1, 0.5]), 2)
     tensor([-1.0000, 0.3333, 0.3333])
@@ -160,7 +156,8 @@ def dorefa_weights(weight: Tensor, bits: Width) -> Tensor:
     unit = squashed / (2 * squashed.abs().amax().clamp_min(1e-12)) + 0.5
     steps = levels(bits, weight).clamp_min(1)
     many = (round_ste(unit * steps) - steps / 2) * (2 / steps)
-    one = sign_ste(weight) * weight.abs().mean().detach()
+    size = weight.abs().mean()
+    one = torch.where(weight >= 0, size, -size).detach() + (weight - weight.detach())
     return _by_width(bits, weight, one, many)
 
 
