@@ -21,7 +21,7 @@ from bitwright import runs
 from bitwright.baselines import baselines_stage
 from bitwright.data import Split
 from bitwright.driver import SearchMethod, Stop, search
-from bitwright.errors import RecipeError
+from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.exporters import export
 from bitwright.exporters.packed import load
@@ -270,6 +270,8 @@ def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Pol
     new = Job.open(load_recipe(job.recipe.to_dict(), overrides), out, data_root=job.data_root, device=str(job.device), log=job.log)
     chosen = job.policy if policy is None else policy
     new.problem_of(new.untrained).index(chosen)
+    if new.run.finished("search") and new.policy != chosen:
+        raise RunError(f"{out}: began with another policy; give another --out")
     for name in ("float.safetensors", "float.jsonl", "sites.json", "search.jsonl", "search.json"):
         if (job.run.path / name).is_file() and not (policy is not None and name.startswith("search")):
             shutil.copyfile(job.run.path / name, new.run.inside(name))

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from bitwright import models
@@ -18,6 +17,7 @@ from bitwright.job import Job
 from bitwright.policy import Bits, Policy
 from bitwright.quant.reference import ReferenceLoss
 from bitwright.report.table import amount, size_text
+from bitwright.report.terminal import new_console
 from bitwright.sites import Trace, trace
 
 UNIFORM = tuple(Bits(w, a) for w, a in ((32, 32), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (2, 32), (2, 4)))
@@ -96,7 +96,7 @@ def _sensitivity(job: Job) -> dict[str, dict[str, float]]:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print a profile."""
-    console = Console()
+    console = new_console()
     console.print(_sites_table(result))
     console.print(_uniform_table(result))
     if "sensitivity" in result:

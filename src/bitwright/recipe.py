@@ -181,6 +181,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     ['weight_bits<=2.25']
     """
     data = dict(source) if isinstance(source, Mapping) else _read(str(source))
+    if isinstance(data.get("teacher"), str):
+        data["teacher"] = {"name": data["teacher"]}  # so that --set teacher.weights=… finds a section
     for text in overrides:
         data = override(data, text)
     try:

@@ -75,7 +75,16 @@ def bars(rows: Sequence[Bar], maximum: float, *, label_width: int = 210, title: 
     return _svg(WIDTH, pitch * len(rows) + 4, parts, title)
 
 
-def lines(series: Sequence[Line], *, x_label: str, y_label: str, height: int = 220, limit: float | None = None, title: str = "") -> str:
+def lines(
+    series: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    width: int = WIDTH,
+    height: int = 220,
+    limit: float | None = None,
+    title: str = "",
+) -> str:
     """Draw one or more lines over a common axis; ``limit`` adds a dashed horizontal one.
 
     >>> "polyline" in lines([Line("loss", [0, 1], [2.0, 1.0])], x_label="epoch", y_label="loss")
@@ -85,7 +94,7 @@ def lines(series: Sequence[Line], *, x_label: str, y_label: str, height: int = 2
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points] + ([] if limit is None else [limit])
-    frame = _Frame(min(xs), max(xs), min(ys), max(ys), height)
+    frame = _Frame(min(xs), max(xs), min(ys), max(ys), height, right=width - 12)
     parts = frame.axes(x_label, y_label)
     if limit is not None:
         y = frame.y(limit)
@@ -93,7 +102,7 @@ def lines(series: Sequence[Line], *, x_label: str, y_label: str, height: int = 2
         parts.append(_text(frame.right, y - 4, f"budget {number(limit)}", "tick", "end"))
     for line in series:
         parts += [_polyline(frame, run, line) for run in _runs(line)]
-    return _svg(WIDTH, height, parts, title) + (_legend(series) if len(series) > 1 else "")
+    return _svg(width, height, parts, title) + (_legend(series) if len(series) > 1 else "")
 
 
 def heat(rows: Mapping[str, Sequence[float]], xs: Sequence[float], *, x_label: str, title: str = "") -> str:

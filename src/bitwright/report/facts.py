@@ -13,6 +13,8 @@ from bitwright.policy import Bits, Policy
 from bitwright.runs import Run, read_jsonl
 
 Row = Mapping[str, Any]
+SPENT = 0.95
+"""A policy that spends less of every budget leaves something on the table."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def alarms(facts: Facts) -> list[str]:
     if facts.found.get("status") == "stopped":
         found.append("The search was stopped by a step or time limit before the method was done.")
     found += _search_alarms(facts)
+    found += _unspent(facts)
     found += _accuracy_alarms(facts)
     return found
 
@@ -128,6 +131,15 @@ def _search_alarms(facts: Facts) -> list[str]:
     if (last.get("note") or {}).get("collapsed"):
         found.append("Nearly every bit-width fell to its lowest candidate: the budget leaves no choice, or the search moved too fast.")
     return found
+
+
+def _unspent(facts: Facts) -> list[str]:
+    """Say when even the tightest budget is far from spent: wider bits were free."""
+    pairs = zip(facts.found.get("costs", ()), facts.budgets, strict=False)
+    shares = [cost / budget["limit"] for cost, budget in pairs if budget["limit"]]
+    if not shares or max(shares) >= SPENT:
+        return []
+    return [f"The policy spends {max(shares):.0%} of its tightest budget: wider bits would have fitted."]
 
 
 def _accuracy_alarms(facts: Facts) -> list[str]:

@@ -15,6 +15,9 @@ from bitwright.report.table import HEADINGS, accuracy_text, amount, bits_text, p
 
 META = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
 
+HALF = 400
+"""User units across a chart that shares its row with another."""
+
 
 def render(run_dir: str | Path) -> str:
     """Return the report of a run as one HTML page without any outside reference.
@@ -170,9 +173,9 @@ def _curves(facts: Facts) -> str:
         rows = facts.curves[stage]
         if len(rows) < 2:
             continue
-        loss = lines([Line("loss", *_column(rows, "loss"))], x_label="epoch", y_label="training loss")
+        loss = lines([Line("loss", *_column(rows, "loss"))], x_label="epoch", y_label="training loss", width=HALF)
         curve = Line("accuracy", *_column(rows, "selection", 100.0), style="series-3")
-        accuracy = lines([curve], x_label="epoch", y_label="selection accuracy, %")
+        accuracy = lines([curve], x_label="epoch", y_label="selection accuracy, %", width=HALF)
         parts.append(f'<h3>{title}</h3><div class="pair"><div>{loss}</div><div>{accuracy}</div></div>')
     return f"<section><h2>Training</h2>{''.join(parts)}</section>" if parts else ""
 

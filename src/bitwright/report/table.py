@@ -8,7 +8,7 @@ from typing import Any
 
 from bitwright.report.facts import Facts
 
-HEADINGS = ("policy", "weight bits", "act. bits", "BitOps", "size", "test accuracy", "weight widths")
+HEADINGS = ("policy", "W bits", "A bits", "BitOps", "size", "test accuracy", "widths")
 
 
 @dataclass(frozen=True)

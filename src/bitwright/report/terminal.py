@@ -14,7 +14,7 @@ from bitwright.report.table import HEADINGS, PolicyRow, policy_rows
 
 def show(run_dir: str | Path, console: Console | None = None) -> None:
     """Print what a run has: its policies side by side, its alarms, its files; raises `RunError` if it is no run."""
-    console = console or Console()
+    console = console or new_console()
     facts = read_facts(run_dir)
     rows = policy_rows(facts)
     groups = {"main": "result", "same": "after equal, shorter fine-tuning"}
@@ -29,11 +29,17 @@ def show(run_dir: str | Path, console: Console | None = None) -> None:
             console.print(f"{name.partition('/')[0].partition('.')[0]}: {Path(run_dir) / name}", highlight=False, soft_wrap=True)
 
 
+def new_console() -> Console:
+    """Return a console on the output; one that is no terminal has no width of its own, and 120 cuts nothing off."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def _table(rows: Sequence[PolicyRow], title: str) -> Table:
     table = Table(title=title)
     for heading in HEADINGS:
-        left = heading in ("policy", "weight widths")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "weight widths")
+        left = heading in ("policy", "widths")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row.cells, style="bold" if row.chosen else "")
     return table
