@@ -34,8 +34,12 @@ from bitwright.training.finetune import FinetuneOptions, build_loss, build_optim
 LEAST, MOST = 1e-4, 1 - 1e-4
 REFRESH = 50
 """Steps between two measurements of the quantization errors, and between two proposals."""
-RATIO = 4.0
+RATIO = 2.0
 """A gain, over the strength of the regularizer, counts for no more than this: one noisy batch must not undo many."""
+MEMORY = 50
+"""Steps that the running mean of a β's gradient looks back, at most to its arrival at the width."""
+NOISE = 3.0
+"""A mean gradient within so many of its standard errors of zero moves β less than the regularizer does."""
 
 
 @dataclass
@@ -43,7 +47,8 @@ class State:
     """All that the search holds; see `SearchMethod`.
 
     ``beta``, ``errors``: ``[row, candidate]``; ``level``: the candidate that each row steps down from; ``strength``: of the
-    regularizer, per budget; ``gains``, ``draws``: sum and number of the gains measured, ``[row, candidate, lower or upper drawn]``.
+    regularizer, per budget; ``slope``, ``power``: running means of each β's gradient
+    and of its square over the ``stay``, the steps since its row arrived at the width; ``gains``, ``draws``: sum and number of the gains measured, ``[row, candidate, lower or upper drawn]``.
     """
 
     step: int
@@ -55,6 +60,9 @@ class State:
     errors: Tensor
     gains: Tensor
     draws: Tensor
+    slope: Tensor
+    power: Tensor
+    stay: Tensor
     start_cost: Tensor
     loss: float = math.nan
 
@@ -131,7 +139,7 @@ class SDQ(SearchMethod[State]):
         twice = torch.zeros(*shape, 2, dtype=torch.float64)
         costs = decisions.expected_costs(probabilities(beta, level))
         strength = torch.zeros(len(problem.budgets), dtype=torch.float64)
-        state = State(0, {}, {}, beta, level, strength, engine.errors(), twice, twice.clone(), costs)
+        state = State(0, {}, {}, beta, level, strength, engine.errors(), twice, twice.clone(), *torch.zeros(3, len(level), dtype=torch.float64), costs)
         engine.attach(state, fresh=True)
         return state
 
@@ -212,11 +220,17 @@ class SDQ(SearchMethod[State]):
         decisions = engine.decisions
         costs, shares = cost_shares(decisions, state.beta, state.level)
         free = state.level > 0
+        state.stay += 1
+        window = state.stay.clamp_max(MEMORY)
+        state.slope += (slope - state.slope) / window
+        state.power += (slope.square() - state.power) / window
+        noise = NOISE * (state.power / window).sqrt()
         if state.step == 0:
             typical = (slope.abs() / shares.sum(0).clamp_min(1e-12))[free]
             state.strength.fill_(float(typical.median()) if len(typical) else 1.0)
-        pressure = (state.strength[:, None] * shares).sum(0).clamp_min(1e-30)
-        drift = self._weight_of_errors(state) + (slope / pressure).clamp(-RATIO, RATIO)
+        behind = self._control(engine, state, costs)
+        pressure = torch.maximum((state.strength[:, None] * shares).sum(0), noise).clamp_min(1e-30)
+        drift = (1 + behind) * self._weight_of_errors(state) + (state.slope / pressure).clamp(-RATIO, RATIO)
         planned = max(1.0, self.descent * self.steps(engine.problem))
         pace = self.speed * self.beta * torch.tensor([len(row.widths) - 1.0 for row in decisions.rows]) / planned
         moved = (at_level(state.beta, state.level) - pace * drift).clamp(LEAST, MOST)
@@ -225,7 +239,8 @@ class SDQ(SearchMethod[State]):
         # A budget that is kept already asks for nothing more.
         down = free & (moved < self.threshold) & bool((costs > 1).any())
         state.level -= down.to(state.level.dtype)
-        self._control(state, costs)
+        for running in (state.slope, state.power, state.stay):
+            running[down] = 0.0
 
     def _weight_of_errors(self, state: State) -> Tensor:
         """Return the regularizer's pull on each row, 1 on average over the rows that can still step down."""
@@ -239,14 +254,16 @@ class SDQ(SearchMethod[State]):
         weight = 1 / (lower / lower[free].mean().clamp_min(1e-12) + 0.1)
         return (weight / weight[free].mean()).clamp_max(RATIO)
 
-    def _control(self, state: State, costs: Tensor) -> None:
-        """Let the regularizer's strength follow how far each expected cost is from its planned descent."""
-        engine = state.engine
-        assert engine is not None
+    def _control(self, engine: _Engine, state: State, costs: Tensor) -> float:
+        """Strengthen the regularizer where an expected cost is behind its planned descent; return how far, in [-1, 1].
+
+        The plan is a straight line in the logarithm of the cost, so that the low widths, which matter, get more steps.
+        """
         progress = min(1.0, (state.step + 1) / (self.descent * self.steps(engine.problem)))
-        plan = state.start_cost ** (1 - progress)
-        behind = (costs / plan).log() / 0.05
-        state.strength *= torch.exp(0.1 * behind.clamp(-1, 1))
+        plan = state.start_cost.clamp_min(1.0) ** (1 - progress)
+        behind = ((costs / plan).log() / 0.05).clamp(-1, 1)
+        state.strength *= torch.exp(0.1 * behind.clamp_min(-0.2))
+        return float(behind.max())
 
     def _proposal(self, engine: _Engine, state: State, *, last: bool) -> Proposal:
         """Return the policy that the search stands at."""
