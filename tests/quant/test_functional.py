@@ -250,12 +250,12 @@ def test_entropy_weight_gradient(bits):
 
 
 FORMS = {
-    "signed": lambda x, s, b: Q.fake_quantize(x, s, b),
+    "signed": Q.fake_quantize,
     "narrow": lambda x, s, b: Q.fake_quantize(x, s, b, narrow=True),
     "unsigned": lambda x, s, b: Q.fake_quantize(x, s, b, signed=False),
     "dorefa_weights": lambda x, _, b: Q.dorefa_weights(x, b),
     "dorefa_activations": lambda x, _, b: Q.dorefa_activations(x, b),
-    "pact": lambda x, s, b: Q.pact_activations(x, s, b),
+    "pact": Q.pact_activations,
     "entropy": lambda x, _, b: Q.entropy_weights(x, b),
 }
 
