@@ -2,7 +2,7 @@
 
     python benchmarks/equal_finetuning.py --data-root DATA --weights RESNET20.th [--only sdq "random 1" …]
 
-Takes the quick recipe's budget, data and distillation, with 3 epochs for every policy. ``--only`` runs some of the policies, so
+Takes the quick recipe's budget, data and learning rate, with 3 epochs on the labels (no teacher) for every policy. ``--only`` runs some of the policies, so
 that several processes can share the work; without it whatever is missing is run and results/equal-finetuning.csv is written: one
 row per policy and a row of the random mean, its standard error, and SDQ's gap in standard errors. ``uniform W2`` has the pinned
 ends beside its 2 bits and so costs 0.02 bits more than the budget of the others.
@@ -44,19 +44,19 @@ def policy_of(label: str, job: Job) -> Policy:
     return search(problem, get_method(name)()).policy
 
 
-def measure(label: str, job: Job, options: FinetuneOptions) -> dict[str, Any]:
+def measure(label: str, job: Job, options: FinetuneOptions, made_by: dict[str, str]) -> dict[str, Any]:
     """Fine-tune and evaluate a policy, unless that was done, and return its row."""
     file = job.run.inside("equal", f"{label.replace(' ', '-')}.json")
     if not file.exists():
         policy = policy_of(label, job)
         model = job.quantize(policy)
-        finetune(model, job.data.fit, options, teacher=job.teacher, seed=job.recipe.seed)
+        finetune(model, job.data.fit, options, seed=job.recipe.seed)
         result = evaluate(model, job.data.test)
         costs = job.describe(policy)
         widths = " ".join(f"{w}:{c}" for w, c in costs["weight_widths"].items())
         row = {"policy": label, "n": result.n, "top1": result.top1, "low": result.interval[0], "high": result.interval[1]}
         row |= {"average_weight_bits": costs["average_weight_bits"], "bitops": costs["bitops"], "size": costs["size"], "weight_widths": widths}
-        write_text_atomic(file, json.dumps({**row, "epochs": options.epochs, "seed": job.recipe.seed, **environment()}))
+        write_text_atomic(file, json.dumps({**row, "epochs": options.epochs, "seed": job.recipe.seed, **made_by}))
         print(row, flush=True)
     row: dict[str, Any] = json.loads(file.read_text())
     return row
@@ -71,11 +71,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=LABELS)
     arguments = parser.parse_args()
+    made_by = environment()  # of the code that runs, whatever is committed meanwhile
     recipe = load_recipe(RECIPE, [f"model.weights={arguments.weights}"])
     job = Job.open(recipe, arguments.out, data_root=arguments.data_root)
     run_stages(job, ["search"])
     options = make_options(FinetuneOptions, {**(recipe.finetune or {}), "epochs": arguments.epochs}, "finetune")
-    rows = [measure(label, job, options) for label in arguments.only or LABELS]
+    rows = [measure(label, job, options, made_by) for label in arguments.only or LABELS]
     if arguments.only:
         return
     drawn = [row["top1"] for row in rows if row["policy"].startswith("random ")]

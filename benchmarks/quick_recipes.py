@@ -20,16 +20,20 @@ from bitwright.pipeline import run
 RECIPES = ("cifar10-resnet20-sdq-quick", "cifar10-resnet20-sdq-quick-a4")
 
 
-def measure(recipe: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a recipe with a seed, or read the run that is there, and return its row."""
+def measure(recipe: str, seed: int, arguments: argparse.Namespace, made_by: dict[str, str]) -> dict[str, Any]:
+    """Run a recipe with a seed, unless that was done, and return its row."""
     out = arguments.runs / f"{recipe}-seed{seed}"
+    file = arguments.runs / f"{recipe}-seed{seed}.row.json"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        return known
     overrides = [f"seed={seed}", f"model.weights={arguments.weights}"]
     run(recipe, out, data_root=arguments.data_root, overrides=overrides)
     evaluation = json.loads((out / "evaluation.json").read_text())
     stages = json.loads((out / "manifest.json").read_text())["stages"]
     search = json.loads((out / "search.json").read_text())
     quantized, full = evaluation["quantized"], evaluation["float"]
-    return {
+    row = {
         "recipe": recipe,
         "seed": seed,
         "n": quantized["n"],
@@ -42,8 +46,10 @@ def measure(recipe: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
         "weight_widths": " ".join(f"{w}:{c}" for w, c in quantized["weight_widths"].items()),
         "search_seconds": round(search["seconds"], 1),
         "seconds": round(sum(stage["seconds"] for stage in stages.values()), 1),
-        **environment(),
+        **made_by,
     }
+    file.write_text(json.dumps(row))
+    return row
 
 
 def main() -> None:
@@ -56,9 +62,10 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
     arguments = parser.parse_args()
+    made_by = environment()  # of the code that runs, whatever is committed meanwhile
     rows = []
     for recipe in arguments.recipes:
-        own = [measure(recipe, seed, arguments) for seed in arguments.seeds]
+        own = [measure(recipe, seed, arguments, made_by) for seed in arguments.seeds]
         summary = mean_interval([row["top1"] for row in own])
         rows += own + [{**own[-1], "seed": "mean", "n": summary["n"], "top1": summary["mean"], "interval": summary["interval"]}]
         print(recipe, [row["top1"] for row in own], summary, flush=True)
