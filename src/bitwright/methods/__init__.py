@@ -21,7 +21,7 @@ def available() -> dict[str, type[SearchMethod[Any]]]:
     >>> sorted({"fisher", "random", "uniform"} & set(available()))
     ['fisher', 'random', 'uniform']
     """
-    own = {module.name: _in_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)}
+    own = {name: _in_module(f"{__name__}.{name}") for name in _names()}
     added = {entry.name: _checked(entry.load(), f"entry point '{entry.name}'") for entry in entry_points(group=GROUP)}
     return dict(sorted((added | own).items()))
 
@@ -41,12 +41,15 @@ def get_method(name: str) -> type[SearchMethod[Any]]:
             return _checked(getattr(importlib.import_module(module), attribute), f"method '{name}'")
         except (ImportError, AttributeError, ValueError) as error:
             raise RecipeError(f"method '{name}' cannot be imported ({error}); give package.module:Class") from None
-    names = [info.name for info in pkgutil.iter_modules(__path__)]
-    if name in names:
+    if name in _names():
         return _in_module(f"{__name__}.{name}")
     for entry in entry_points(group=GROUP, name=name):
         return _checked(entry.load(), f"entry point '{name}'")
-    raise RecipeError(f"unknown method '{name}'; {nearest(name, names)}, or package.module:Class for one of your own")
+    raise RecipeError(f"unknown method '{name}'; {nearest(name, _names())}, or package.module:Class for one of your own")
+
+
+def _names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def _in_module(name: str) -> type[SearchMethod[Any]]:
