@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,7 @@ from bitwright.policy import Bits, Policy
 from bitwright.quant.batchnorm import Statistics, correct_batchnorm
 from bitwright.quant.calibration import Rule
 from bitwright.quant.functional import UNTOUCHED
+from bitwright.quant.functional_calls import disable_fast_paths, install_calls, observe_calls, plan_calls
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, named_quant_layers, replace_module
 from bitwright.quant.quantizers import SCHEMES, ActivationQuantizer, Scheme, activation_quantizer, weight_quantizer
 
@@ -78,13 +80,14 @@ def quantize(
         quantizer: scheme, see `bitwright.quant.quantizers`; ``options`` says more and takes its place.
         calibration: inputs ``[N, …]``, or a split; needed where an activation has fewer than 16 bits.
         correct: ``"batchnorm"`` shifts BatchNorm statistics by what quantization changed (`correct_batchnorm`).
-        sites: the trace's sites, where a site has several layers.
+        sites: the trace's sites; needed where a site has several layers or is a functional call (``owner#k``).
         skip: paths, or patterns, of layers that stay float and need no entry in the policy.
         options: all options of the quantizers.
         float_statistics: the model's own BatchNorm statistics on the calibration images, to save a pass.
 
     Raises:
         PolicyError: a policy names an unknown site, or a quantizable layer has no entry.
+        SiteError: a functional call cannot be quantized where it is.
         BitwrightError: calibration data is missing, or a correction is unknown.
 
     >>> net = quantize(nn.Sequential(nn.Linear(4, 2)), Policy({"0": (2, 32)}))
@@ -99,15 +102,19 @@ def quantize(
     images = calibration_images(calibration)
     widths = _widths_by_layer(model, policy, sites, tuple(skip))
     result = copy.deepcopy(model)
-    inputs = _activation_quantizers(result, widths, options, images)
-    for path, bits in widths.items():
+    disable_fast_paths(result)
+    calls = plan_calls(result, widths, sites or ())
+    operands = observe_calls(result, calls, images)
+    layers = {path: bits for path, bits in widths.items() if "#" not in path}
+    inputs = _activation_quantizers(result, layers, options, images)
+    for path, bits in layers.items():
         replace_module(result, path, _shell(result.get_submodule(path), bits, inputs.get(path), options))
+    install_calls(result, calls, operands, options)
     if steps:
         if images is None:
             raise BitwrightError("correct=('batchnorm',) needs calibration=; give a batch of inputs or a split")
-        was_training = result.training
-        correct_batchnorm(result.eval(), copy.deepcopy(model).eval(), images, float_statistics)
-        result.train(was_training)
+        with evaluating(result):
+            correct_batchnorm(result, copy.deepcopy(model).eval(), images, float_statistics)
     return result
 
 
@@ -151,6 +158,18 @@ def _activation_quantizers(
     return quantizers
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def layer_inputs(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, Tensor]:
     """Return what enters each layer on some inputs, ``[N, …]``; calls of one layer are put side by side."""
     seen: dict[str, list[Tensor]] = {}
@@ -161,12 +180,10 @@ def layer_inputs(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict
             seen.setdefault(path, []).append(args[0].detach())
 
         handles.append(model.get_submodule(path).register_forward_pre_hook(record))
-    was_training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(images)
+        with torch.no_grad(), evaluating(model):
+            model(images)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return {path: calls[0] if len(calls) == 1 else torch.cat([c.flatten(1) for c in calls], 1) for path, calls in seen.items()}

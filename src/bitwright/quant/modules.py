@@ -16,6 +16,8 @@ from bitwright.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CALLS = "quantized_calls"
+"""Name under which a module holds the quantizers of its functional calls."""
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -32,6 +34,7 @@ class Op:
     output_padding: tuple[int, ...] = ()
     padding_mode: str = "zeros"
     padding_both: tuple[int, ...] = ()
+    axis: int | None = None  # output-channel axis of a functional call's weight
 
     @classmethod
     def of(cls, layer: nn.Module) -> Op:
@@ -49,6 +52,8 @@ class Op:
     @property
     def channel_axis(self) -> int:
         """Return the output-channel axis of the weight."""
+        if self.axis is not None:
+            return self.axis
         return 1 if self.kind == "transposed" else 0
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,12 +62,13 @@ class Op:
             return F.linear(x, weight, bias)
         if self.kind == "transposed":
             transposed = TRANSPOSED[self.dims]
-            return transposed(x, weight, bias, self.stride, cast("tuple[int, ...]", self.padding), self.output_padding, self.groups, self.dilation)
-        padding = self.padding
+            padding = cast("tuple[int, ...]", self.padding)
+            return transposed(x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation)
+        around = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.padding_both, mode=self.padding_mode), (0,) * self.dims
+            x, around = F.pad(x, self.padding_both, mode=self.padding_mode), (0,) * self.dims
         convolution = cast("Callable[..., Tensor]", CONVOLUTIONS[self.dims])
-        return convolution(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return convolution(x, weight, bias, self.stride, around, self.dilation, self.groups)
 
 
 class QuantLayer(nn.Module):
@@ -118,15 +124,28 @@ class QuantLayer(nn.Module):
 
 
 def named_quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """Yield each quantized layer once, with its path."""
+    """Yield each quantized layer once, with its path; a functional call with a weight has its address ``owner#k``."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
-            yield name, module
+            yield call_address(name), module
+
+
+def call_address(path: str) -> str:
+    """Return the address of a functional call from the path of its quantizers; other paths are returned as they are.
+
+    >>> call_address("attn.quantized_calls.0"), call_address("quantized_calls.0"), call_address("conv1")
+    ('attn#0', '#0', 'conv1')
+    """
+    parent, _, key = path.rpartition(".")
+    owner, _, last = parent.rpartition(".")
+    return f"{owner}#{key}" if last == CALLS else path
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put ``new`` at every place where the module at ``path`` is registered."""
     old = model.get_submodule(path)
+    if old is model:
+        raise SiteError("the model is itself the layer to quantize, so it has no place of its own; wrap it in nn.Sequential(model)")
     for parent in list(model.modules()):
         # named_children() would show a module registered twice in one parent only once
         for name in [name for name, child in parent._modules.items() if child is old]:
