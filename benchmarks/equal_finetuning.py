@@ -2,9 +2,9 @@
 
     python benchmarks/equal_finetuning.py --data-root DATA --weights RESNET20.th [--only sdq "random 1" …]
 
-Takes the quick recipe's budget, data and learning rate, with 3 epochs on the labels (no teacher) for every policy. ``--only`` runs some of the policies, so
-that several processes can share the work; without it whatever is missing is run and results/equal-finetuning.csv is written: one
-row per policy and a row of the random mean, its standard error, and SDQ's gap in standard errors. ``uniform W2`` has the pinned
+Takes the quick recipe's budget, data and learning rate, with 3 epochs on the labels (no teacher) for every policy. ``--only``
+runs some of the policies, so that several processes can share the work; without it whatever is missing is run and
+results/equal-finetuning.csv is written: one row per policy and a row of the random mean, its standard error, and SDQ's gap in standard errors. ``uniform W2`` has the pinned
 ends beside its 2 bits and so costs 0.02 bits more than the budget of the others.
 """
 
@@ -55,7 +55,7 @@ def measure(label: str, job: Job, options: FinetuneOptions, made_by: dict[str, s
         costs = job.describe(policy)
         widths = " ".join(f"{w}:{c}" for w, c in costs["weight_widths"].items())
         row = {"policy": label, "n": result.n, "top1": result.top1, "low": result.interval[0], "high": result.interval[1]}
-        row |= {"average_weight_bits": costs["average_weight_bits"], "bitops": costs["bitops"], "size": costs["size"], "weight_widths": widths}
+        row |= {name: costs[name] for name in ("average_weight_bits", "bitops", "size")} | {"weight_widths": widths}
         write_text_atomic(file, json.dumps({**row, "epochs": options.epochs, "seed": job.recipe.seed, **made_by}))
         print(row, flush=True)
     row: dict[str, Any] = json.loads(file.read_text())

@@ -97,7 +97,7 @@ def main() -> None:
     model = build("cifar_resnet20")
     load_weights(model, arguments.weights)
     images = data.fit.batch(torch.arange(128))[0]
-    rows = []
+    made_by, rows = environment(), []
     for text in arguments.pairs:
         high, low = map(int, text.split("-"))
         network, gates = gated(model, (high, low), images)
@@ -112,8 +112,8 @@ def main() -> None:
             row = {"pair": text, "gate": gate, "batches": arguments.batches, "seed": 0}
             row |= {"gradient_std_over_mean_median": sorted(ratio)[len(ratio) // 2], "gradient_std": mean_interval(spread)["mean"]}
             row |= {"roughness": roughness(losses, scale), "hump": max(a - b for a, b in zip(losses, chord, strict=True))}
-            rows.append({**row, "line": " ".join(f"{v:.4f}" for v in losses), "n": len(ratio), **environment()})
-            print({k: rows[-1][k] for k in ("pair", "gate", "gradient_std_over_mean_median", "gradient_std", "roughness", "hump", "line")}, flush=True)
+            rows.append({**row, "line": " ".join(f"{v:.4f}" for v in losses), "n": len(ratio), **made_by})
+            print({name: value for name, value in rows[-1].items() if name not in made_by}, flush=True)
     print(write("landscape", rows))
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     for recipe in arguments.recipes:
         own = [measure(recipe, seed, arguments, made_by) for seed in arguments.seeds]
         summary = mean_interval([row["top1"] for row in own])
-        rows += own + [{**own[-1], "seed": "mean", "n": summary["n"], "top1": summary["mean"], "interval": summary["interval"]}]
+        rows += [*own, {**own[-1], "seed": "mean", "n": summary["n"], "top1": summary["mean"], "interval": summary["interval"]}]
         print(recipe, [row["top1"] for row in own], summary, flush=True)
     if not arguments.no_write:
         print(write("quick-recipes", rows))

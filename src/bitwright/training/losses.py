@@ -35,8 +35,8 @@ def bin_regularization(weight: Tensor, quantizer: WeightQuantizer, *, reduction:
 
     :math:`\mathrm{MSE}(w^q, \mathrm{clip}(w)) + \sum_n \mathrm{Var}(w_n)`, the variance over the bins n with at least two
     members (Han et al., "Improving low-precision network quantization via bin regularization", 2021, eq. 5, in the form of
-    the SDQ authors' later code). Values are measured in steps of the grid, from the level of their bin, so that it is the
-    same for every scale and so that channels with step sizes of their own share their bins (Differs).
+    the SDQ authors' later code). A weight counts by its distance from its level, so that channels with step sizes of their
+    own can share the bins of their layer; with one step size for all, that is the published variance.
 
     Args:
         weight: latent weights.
@@ -56,7 +56,7 @@ def bin_regularization(weight: Tensor, quantizer: WeightQuantizer, *, reduction:
         value, step = quantizer(weight), quantizer.step(weight)
         bins = torch.round(value / step * 2).to(torch.int64)
         bins = (bins - bins.min()).flatten()
-    off = ((quantizer.clip(weight) - value) / step).flatten()
+    off = (quantizer.clip(weight) - value).flatten()
     count, total, squares = (torch.zeros(1024, dtype=off.dtype, device=off.device) for _ in range(3))
     count = count.index_add(0, bins, torch.ones_like(off))
     total, squares = total.index_add(0, bins, off), squares.index_add(0, bins, off.square())
