@@ -23,7 +23,12 @@ from bitwright.policy import Bits, Policy
 from bitwright.quant import QuantOptions, quantize
 from bitwright.sites import trace
 from bitwright.training import FinetuneOptions, finetune
-from bitwright.training.losses import bin_statistics
+from bitwright.training.losses import BinStatistics, bin_statistics
+
+
+def renamed(values: BinStatistics) -> dict[str, float]:
+    """Return the statistics of a layer with the entropy under a name that the switch does not have."""
+    return {"bits": values.bits, "variance": values.variance, "occupancy_entropy": values.entropy}
 
 
 def main() -> None:
@@ -57,7 +62,7 @@ def main() -> None:
                 rows.append({**setting, "seed": seed, "n": len(data.test), "top1": accuracies[-1], "interval": None, **made_by})
                 if seed == arguments.seeds[0]:
                     found = bin_statistics(quantized)
-                    layers += [{**setting, "layer": name, **values._asdict(), **made_by} for name, values in found.items()]
+                    layers += [{**setting, "layer": name, **renamed(values), **made_by} for name, values in found.items()]
                 print(rows[-1], flush=True)
             summary = mean_interval(accuracies)
             rows.append({**setting, "seed": "mean", "n": summary["n"], "top1": summary["mean"], "interval": summary["interval"], **made_by})

@@ -4,8 +4,9 @@
 
 Takes the quick recipe's budget, data and learning rate, with 3 epochs on the labels (no teacher) for every policy. ``--only``
 runs some of the policies, so that several processes can share the work; without it whatever is missing is run and
-results/equal-finetuning.csv is written: one row per policy and a row of the random mean, its standard error, and SDQ's gap in standard errors. ``uniform W2`` has the pinned
-ends beside its 2 bits and so costs 0.02 bits more than the budget of the others.
+results/equal-finetuning.csv is written: one row per policy and a row of the random mean, its
+standard error, and SDQ's gap in standard errors. ``uniform W2`` has the pinned ends beside its 2 bits and so costs 0.02 bits more
+than the budget of the others.
 """
 
 from __future__ import annotations
