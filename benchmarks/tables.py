@@ -114,7 +114,7 @@ def landscape(rows: list[Row]) -> str:
         "hump": ("hump", lambda value: number(value, 4)),
     }
     text = (
-        "All inner layers of ResNet-20 between two adjacent widths. Roughness: mean squared second difference of the loss along the line."
+        "All inner layers of ResNet-20 between two adjacent widths; roughness is the mean squared second difference of the loss."
     )
     return f"## The landscape between adjacent widths\n\n{text}\n\n{table(rows, columns)}\n"
 

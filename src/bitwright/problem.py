@@ -140,6 +140,11 @@ class Problem:
         return self._data
 
     @property
+    def has_data(self) -> bool:
+        """Whether the problem was made with data."""
+        return self._data is not None
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """The sites in execution order."""
         return self.trace.sites

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +17,7 @@ from bitwright.quant.batchnorm import Statistics, correct_batchnorm
 from bitwright.quant.calibration import Rule
 from bitwright.quant.functional import UNTOUCHED
 from bitwright.quant.functional_calls import disable_fast_paths, install_calls, observe_calls, plan_calls
-from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, named_quant_layers, replace_module
+from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, evaluating, named_quant_layers, replace_module
 from bitwright.quant.quantizers import SCHEMES, ActivationQuantizer, Scheme, activation_quantizer, weight_quantizer
 
 if TYPE_CHECKING:
@@ -156,18 +155,6 @@ def _activation_quantizers(
         quantizers[path].calibrate(seen[path])
         quantizers[path].to(images.device)
     return quantizers
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def layer_inputs(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -150,3 +151,15 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         # named_children() would show a module registered twice in one parent only once
         for name in [name for name, child in parent._modules.items() if child is old]:
             setattr(parent, name, new)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
