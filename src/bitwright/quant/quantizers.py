@@ -187,6 +187,11 @@ class DoReFaWeight(WeightQuantizer):
         """Return weights on the grid."""
         return dorefa_weights(weight, self.bits)
 
+    def clip(self, weight: Tensor) -> Tensor:
+        """Return the weights as they are rounded: normalised by tanh, above one bit."""
+        squashed = torch.tanh(weight)
+        return torch.where(self.bits == 1, weight, squashed / squashed.detach().abs().amax().clamp_min(1e-12))
+
 
 class EntropyWeight(WeightQuantizer):
     """Entropy-normalised uniform weights (Liu et al., "N2UQ", 2022, eq. 7); half-integer grid, nothing learned."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitwright import runs
 from bitwright.errors import DataError, RunError, TrainingError
-from bitwright.quant.modules import QuantLayer, named_quant_layers
+from bitwright.quant.modules import QuantLayer, evaluating, named_quant_layers
 from bitwright.training.losses import Reduction, bin_regularization, bins_weight, distillation
 
 if TYPE_CHECKING:
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint/finetune.safetensors"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Log = Callable[[Mapping[str, Any]], None]
+LEAST = {"epochs": 1, "max_steps": 1, "batch_size": 1} | dict.fromkeys(
+    ("lr", "warmup_epochs", "scale_lr", "momentum", "weight_decay", "label_smoothing", "bins", "bins_start", "ema"), 0
+)
+KNOWN = {
+    "optimizer": ("sgd", "adam"),
+    "schedule": ("cosine", "linear"),
+    "bins_reduction": ("sum", "mean"),
+    "precision": ("float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,14 @@ class FinetuneOptions:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("lr", 0.0), ("weight_decay", 0.0), ("bins", 0.0), ("ema", 0.0)):
-            if getattr(self, name) < least:
+        for name, least in LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise TrainingError(f"fine-tuning option {name}={getattr(self, name)} is below {least}")
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise TrainingError(f"fine-tuning option {name}='{getattr(self, name)}' is unknown; use {' or '.join(known)}")
+        if self.label_smoothing > 1:
+            raise TrainingError(f"fine-tuning option label_smoothing={self.label_smoothing} is above 1")
         if self.ema >= 1 or not 0 <= self.bins_start < 1:
             raise TrainingError(f"fine-tuning options ema={self.ema} and bins_start={self.bins_start} must be below 1")
 
@@ -133,11 +147,13 @@ def finetune(
 
     Raises:
         TrainingError: the loss is not a number; the last good checkpoint stays in ``out``.
-        DataError: there is no data.
+        DataError: there is no data, or the network has no output for some label.
         RunError: the checkpoint in ``out`` belongs to another network or cannot be read.
     """
     if len(data) == 0:
         raise DataError("fine-tuning got an empty data set; give at least one image")
+    if teacher is None:
+        _check_outputs(model, data)
     device = next(model.parameters()).device
     set_memory_order(model.train(), channels_last=options.channels_last)
     guide = None if teacher is None else copy.deepcopy(teacher).eval().to(device)
@@ -151,6 +167,15 @@ def finetune(
         _load(model, progress.ema)
     set_memory_order(model.eval(), channels_last=False)
     return History(tuple(progress.rows), progress.step, progress.seconds)
+
+
+def _check_outputs(model: nn.Module, data: Split) -> None:
+    """Raise `DataError` unless the network has an output for every label."""
+    x = data.batch(torch.arange(1), None)[0].to(next(model.parameters()).device)
+    with torch.no_grad(), evaluating(model):
+        outputs = model(x).shape[1]
+    if outputs < data.classes:
+        raise DataError(f"the network has {outputs} outputs and the labels run to {data.classes - 1}; give it {data.classes} outputs")
 
 
 def set_memory_order(model: nn.Module, *, channels_last: bool) -> None:
@@ -273,7 +298,7 @@ def build_loss(model: nn.Module, teacher: nn.Module | None, options: FinetuneOpt
                     soft = teacher(x).float()
         plain = teacher is None
         value = F.cross_entropy(logits, y, label_smoothing=options.label_smoothing) if plain else distillation(logits, soft)
-        if options.bins:
+        if options.bins and layers:
             value = value + pull * torch.stack([bin_regularization(w, q, reduction=options.bins_reduction) for w, q in layers]).sum()
         return value
 
@@ -304,14 +329,14 @@ def build_optimizer(model: nn.Module, options: FinetuneOptions, *, without: Iter
 
 
 def first_bad_layer(model: nn.Module, x: Tensor) -> str:
-    """Return the path of the first module whose output is not finite on a batch, or 'the loss'."""
+    """Return where a batch first gives what is not finite: the images, a layer by its path, or the loss."""
     found: list[str] = []
     handles = []
     for name, module in model.named_modules():
 
         def check(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
             if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                found.append(name)
+                found.append(f"layer '{name}'" if name else "the network's own forward")
 
         handles.append(module.register_forward_hook(check))
     if not bool(torch.isfinite(x).all()):
@@ -322,7 +347,7 @@ def first_bad_layer(model: nn.Module, x: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"layer '{found[0]}'" if found and found[0] != "the input images" else found[0] if found else "the loss"
+    return found[0] if found else "the loss"
 
 
 def _average(model: nn.Module, decay: float, progress: _Progress) -> None:
@@ -362,9 +387,14 @@ def _fingerprint(options: FinetuneOptions) -> dict[str, Any]:
     return {k: v for k, v in asdict(options).items() if k not in ("checkpoint_seconds", "compile")}
 
 
+def _bits(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the widths of every quantized layer: no tensor of the network tells them."""
+    return {name: (layer.bits.w, layer.bits.a) for name, layer in named_quant_layers(model)}
+
+
 def _save(model: nn.Module, optimizer: torch.optim.Optimizer, options: FinetuneOptions, progress: _Progress, out: Path) -> None:
     network, rates = dict(model.state_dict()), optimizer.state_dict()
-    tree = {"model": network, "optimizer": rates, "progress": asdict(progress), "options": _fingerprint(options)}
+    tree = {"model": network, "optimizer": rates, "progress": asdict(progress), "options": _fingerprint(options), "bits": _bits(model)}
     runs.save_tree(out / CHECKPOINT, tree)
 
 
@@ -377,6 +407,8 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, options: Finetun
         differ = [k for k, v in _fingerprint(options).items() if tree["options"].get(k) != v]
         changed = ", ".join(differ)
         raise RunError(f"{out / CHECKPOINT} was made with other fine-tuning options ({changed}); use another --out, or the old ones")
+    if tree["bits"] != _bits(model):
+        raise RunError(f"{out / CHECKPOINT} belongs to another network (its layers have other widths); use another --out")
     try:
         model.load_state_dict(tree["model"])
     except RuntimeError as error:
