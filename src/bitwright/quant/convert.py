@@ -16,7 +16,7 @@ from bitwright.policy import Bits, Policy
 from bitwright.quant.batchnorm import Statistics, correct_batchnorm
 from bitwright.quant.calibration import Rule
 from bitwright.quant.functional import UNTOUCHED
-from bitwright.quant.functional_calls import disable_fast_paths, install_calls, observe_calls, plan_calls
+from bitwright.quant.functional_calls import disable_fast_paths, install_calls, observe_calls, plan_calls, sites_of_calls
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, evaluating, named_quant_layers, replace_module
 from bitwright.quant.quantizers import SCHEMES, ActivationQuantizer, Scheme, activation_quantizer, weight_quantizer
 
@@ -99,10 +99,11 @@ def quantize(
         if step != "batchnorm":
             raise BitwrightError(f"correction '{step}' is unknown; use 'batchnorm'")
     images = calibration_images(calibration)
+    site_of = sites_of_calls(sites or ())
     widths = _widths_by_layer(model, policy, sites, tuple(skip))
     result = copy.deepcopy(model)
     disable_fast_paths(result)
-    calls = plan_calls(result, widths, sites or ())
+    calls = plan_calls(result, widths, site_of)
     operands = observe_calls(result, calls, images)
     layers = {path: bits for path, bits in widths.items() if "#" not in path}
     inputs = _activation_quantizers(result, layers, options, images)
@@ -211,3 +212,6 @@ def verify_widths(model: nn.Module) -> dict[str, int]:
         if counts[name] > 2**layer.bits.w:
             raise BitwrightError(f"layer '{name}' holds {counts[name]} distinct weights, but its policy says {layer.bits.w} bits")
     return counts
+
+
+__all__ = ["QuantOptions", "calibration_images", "evaluating", "layer_inputs", "quantize", "verify_widths"]

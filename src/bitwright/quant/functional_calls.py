@@ -258,20 +258,25 @@ class CallPlan:
         return self.bits.a < UNTOUCHED or len(self.site.tensors) > 1
 
 
-def plan_calls(model: nn.Module, widths: Mapping[str, Bits], sites: Sequence[Site]) -> list[CallPlan]:
+def sites_of_calls(sites: Sequence[Site]) -> dict[str, Site]:
+    """Return the site of each functional call; raises `SiteError` for a call that two sites make in turn."""
+    found: dict[str, Site] = {}
+    for site in sites:
+        for address in site.layers:
+            if "#" in address and found.setdefault(address, site) is not site:
+                names = f"sites '{found[address].name}' and '{site.name}'"
+                raise SiteError(f"quantize: call '{address}' is made by {names} in turn; leave them out with trace(..., skip=)")
+    return found
+
+
+def plan_calls(model: nn.Module, widths: Mapping[str, Bits], site_of: Mapping[str, Site]) -> list[CallPlan]:
     """Make the owners of calls in ``widths`` ready, in place, and return the calls; the model computes what it did.
 
     An `nn.MultiheadAttention` is made ready for its ``out_proj`` too, which it would not run as a module.
 
     Raises:
-        SiteError: an address is in two sites, or its owner is missing or unfit.
+        SiteError: the owner of a call is missing or unfit.
     """
-    site_of: dict[str, Site] = {}
-    for site in sites:
-        for address in site.layers:
-            if "#" in address and site_of.setdefault(address, site) is not site:
-                names = f"sites '{site_of[address].name}' and '{site.name}'"
-                raise SiteError(f"quantize: call '{address}' belongs to {names}; tie them in trace, or name one in skip=")
     modules = dict(model.named_modules(remove_duplicate=False))
     plans = []
     for path, bits in widths.items():
