@@ -34,6 +34,7 @@ from bitwright.exporters._container import DTYPES, header_room, pack_bits, raw, 
 from bitwright.exporters._format import VECTORS, BatchNormMode, Content, Kept, Record, Slot, kept_tensors, origin, vector_norms
 from bitwright.exporters._loading import load, read_policy
 from bitwright.policy import Bits, Policy
+from bitwright.quant.functional_calls import named_quant_calls
 from bitwright.quant.modules import QuantLayer, named_quant_layers
 from bitwright.quant.quantizers import (
     DoReFaActivation,
@@ -83,6 +84,10 @@ class Packed(Exporter):
         layers = dict(named_quant_layers(source.model))
         if not layers:
             raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
+        call = next((name for name, _ in named_quant_calls(source.model)), None)
+        if call is not None:
+            ask = f"leave it float with trace(..., skip=['{call}'])"
+            raise ExportError(f"export: a packed file cannot say the functional call '{call}'; {ask}")
         policy = source.policy or Policy((name, layer.bits) for name, layer in layers.items())
         _check_policy(policy, layers)
         encoded = [_encode(name, layer) for name, layer in layers.items()]
