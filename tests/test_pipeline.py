@@ -157,14 +157,17 @@ def test_an_unreachable_budget_fails_before_any_training(tiny: dict[str, Any], t
 
 
 def test_a_size_budget_holds_for_the_file(tiny: dict[str, Any], tmp_path: Path) -> None:
-    recipe = load_recipe(tiny, ["search.budgets=size<=8.5KB", "search.method=fisher", "search.options={}", "finetune=null", "baselines=null"])
+    recipe = load_recipe(
+        tiny, ["search.budgets=size<=8.5KB", "search.method=fisher", "search.options={}", "finetune=null", "baselines=null"]
+    )
     summary = pipeline.run(recipe, tmp_path / "run")
     assert summary["export"]["bytes"] <= 8500
     assert (tmp_path / "run/export/model.safetensors").stat().st_size <= 8500
 
 
 def test_an_untrained_network_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'digits_cnn' has neither model.weights nor a float section to train it; give --set model.weights=FILE"):
+    message = r"'digits_cnn' has neither model.weights nor a float section to train it; give --set model.weights=FILE"
+    with pytest.raises(RecipeError, match=message):
         pipeline.run(load_recipe(tiny, ["float=null"]), tmp_path / "run")
 
 
@@ -194,7 +197,8 @@ def test_a_teacher_of_its_own_is_loaded(finished_run: Path, tiny: dict[str, Any]
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(finished_run: Path, tmp_path: Path) -> None:
     new = pipeline.derive(Job.load(finished_run), tmp_path / "new", ["finetune.lr=1e30", "finetune.checkpoint_seconds=0"])
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+, first seen in layer '.*'; lower lr .*the last good checkpoint is"):
+    message = r"the loss is (nan|inf) at step \d+, first seen in layer '.*'; lower lr .*the last good checkpoint is"
+    with pytest.raises(TrainingError, match=message):
         pipeline.run_stages(new, ["finetune"])
     assert (tmp_path / "new/checkpoint/finetune.safetensors").is_file()
     assert not new.run.finished("finetune")
@@ -345,9 +349,10 @@ def test_a_truncated_checkpoint_is_refused_and_nothing_is_lost(whole: tuple[Path
 def test_imagenet_recipes_run_end_to_end(name: str, tmp_path: Path) -> None:
     _folder_of_images(tmp_path / "data")
     steps = {"batch_size": 2, "max_steps": 2}
-    overrides = [f"search.options.{key}={value}" for key, value in steps.items()] + [f"finetune.{key}={value}" for key, value in steps.items()]
+    overrides = [f"{part}.{key}={value}" for part in ("search.options", "finetune") for key, value in steps.items()]
     overrides += ["data.held_out=2", "data.options.workers=1", "quantize.calibration=2", "float={epochs: 1, batch_size: 2, max_steps: 1}"]
-    overrides += ["search.save_every=100", "threads=1"]
+    # Two candidates instead of eight: calibrating the others is most of what two steps take.
+    overrides += ["search.weights=[3, 4]", "search.save_every=100", "threads=1"]
     summary = pipeline.run(name, tmp_path / "run", data_root=tmp_path / "data", overrides=overrides)
     assert summary["search"]["average_weight_bits"] <= 3.66
     assert summary["evaluation"]["quantized"]["n"] == 2

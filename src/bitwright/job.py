@@ -52,6 +52,7 @@ class Job:
         cls, recipe: Recipe, out: str | Path, *, data_root: str | Path | None = None, device: str = "cpu", log: Log | None = None
     ) -> Job:
         """Open a run directory for a recipe, new or to be continued; raises `RunError` if it began with another recipe."""
+        _forget_unbegun(Path(out))
         run = Run.open(out, recipe.to_dict())
         runs.write_text_atomic(run.path / "recipe.yaml", recipe.to_yaml())
         root = None if data_root is None else Path(data_root)
@@ -212,6 +213,14 @@ class Job:
         sites = [{**asdict(site), "choices": [list(bits) for bits in self.choices[site.name]]} for site in self.trace.sites]
         budgets = [{"text": b.text, "cost": b.cost.name, "unit": b.cost.unit, "limit": b.limit} for b in self.budgets]
         return {"sites": sites, "skipped": list(self.trace.skipped), "parameters": self.trace.parameters, "budgets": budgets}
+
+
+def _forget_unbegun(path: Path) -> None:
+    """Empty a run directory in which nothing was done yet: a recipe that was refused may be mended and tried again."""
+    files = {"manifest.json", "recipe.yaml"}
+    if (path / "manifest.json").is_file() and {item.name for item in path.iterdir()} <= files:
+        for name in files:
+            (path / name).unlink(missing_ok=True)
 
 
 def on_device(split: Split, device: torch.device) -> Split:

@@ -96,7 +96,7 @@ class QuantizeOptions(QuantOptions):
     """
 
     calibration: int = 512
-    correct: tuple[str, ...] = ()
+    correct: tuple[Literal["batchnorm"], ...] = ()
 
 
 class BaselinesSection(Section):
