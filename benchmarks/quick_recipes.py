@@ -27,7 +27,7 @@ def measure(recipe: str, seed: int, arguments: argparse.Namespace, made_by: dict
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text())
         return known
-    overrides = [f"seed={seed}", f"model.weights={arguments.weights}"]
+    overrides = [f"seed={seed}", f"model.weights={arguments.weights}", f"threads={arguments.threads}"]
     run(recipe, out, data_root=arguments.data_root, overrides=overrides)
     evaluation = json.loads((out / "evaluation.json").read_text())
     stages = json.loads((out / "manifest.json").read_text())["stages"]
@@ -36,6 +36,7 @@ def measure(recipe: str, seed: int, arguments: argparse.Namespace, made_by: dict
     row = {
         "recipe": recipe,
         "seed": seed,
+        "threads": arguments.threads,
         "n": quantized["n"],
         "top1": quantized["top1"],
         "float_top1": full["top1"],
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
     arguments = parser.parse_args()
     made_by = environment()  # of the code that runs, whatever is committed meanwhile
