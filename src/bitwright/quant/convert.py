@@ -197,6 +197,7 @@ def verify_widths(model: nn.Module) -> dict[str, int]:
     Raises:
         BitwrightError: a layer holds more levels than its width has.
 
+    >>> _ = torch.manual_seed(0)
     >>> verify_widths(quantize(nn.Sequential(nn.Linear(64, 2)), Policy({"0": (2, 32)})))
     {'0': 4}
     """
