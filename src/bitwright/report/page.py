@@ -102,7 +102,8 @@ def _verdict(facts: Facts) -> str:
     errors = verdict["standard_errors"]
     much = f", {errors:+.1f} standard errors of that mean" if errors is not None else ""
     mean = f"{100 * verdict['mean']:.2f} ± {100 * verdict['standard_error']:.2f} %"
-    text = f"{verdict['n']} random policies average {mean}; the found policy is {100 * verdict['gap']:+.2f} points from it{much}."
+    side = "above" if verdict["gap"] >= 0 else "below"
+    text = f"{verdict['n']} random policies average {mean}; the found policy is {100 * abs(verdict['gap']):.2f} points {side}{much}."
     return f"<p>{escape(text)}</p>"
 
 
@@ -136,7 +137,8 @@ def _site_bar(facts: Facts, site: Row, total: int) -> Bar:
 def _trajectory(facts: Facts) -> str:
     steps, paths = expected_bits(facts)
     if not steps:
-        return _search_table(facts)
+        table = _search_table(facts)
+        return f"<section><h2>Search</h2>{table}</section>" if table else ""
     chart = heat(paths, steps, x_label="step", title="expected bits of each site over the search")
     cost = "".join(_cost_chart(facts, k) for k in range(len(facts.budgets)))
     note = "Each row is a free site; its colour is the expected weight width, and the figure at its end the last value."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -36,10 +37,10 @@ def new_console() -> Console:
 
 
 def _table(rows: Sequence[PolicyRow], title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
     for heading in HEADINGS:
         left = heading in ("policy", "widths")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "widths")
     for row in rows:
         table.add_row(*row.cells, style="bold" if row.chosen else "")
     return table
@@ -50,7 +51,8 @@ def _notes(facts: Facts) -> list[str]:
     notes = []
     if verdict:
         mean = f"{100 * verdict['mean']:.2f} ± {100 * verdict['standard_error']:.2f} %"
-        notes.append(f"mean of {verdict['n']} random policies: {mean}; the found one is {100 * verdict['gap']:+.2f} points from it")
+        side = "above" if verdict["gap"] >= 0 else "below"
+        notes.append(f"mean of {verdict['n']} random policies: {mean}; the found one is {100 * abs(verdict['gap']):.2f} points {side}")
     if facts.found and not facts.evaluation:
         notes += [f"found: {text}" for text in facts.found["budgets"]]
     return notes + [f"! {text}" for text in alarms(facts)]
