@@ -251,7 +251,7 @@ def export_file(
 
 def evaluate_file(job: Job, path: str | Path) -> dict[str, Any]:
     """Evaluate a packed file on the run's test split; raises `ExportError` if it cannot be read."""
-    return {"path": str(path), **evaluate(load(path).to(job.device), job.data.test).to_dict()}
+    return {"path": str(path), **evaluate(load(path, job.untrained).to(job.device), job.data.test).to_dict()}
 
 
 def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Policy | None = None) -> Job:
