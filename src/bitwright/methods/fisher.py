@@ -18,10 +18,9 @@ Kunstner et al., 2019, on its flaws) that does not hold, and every sample gets a
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,21 @@ from torch.nn import functional
 
 from bitwright.allocation import allocate
 from bitwright.driver import Proposal, SearchMethod, Trial
-from bitwright.errors import RecipeError, SiteError, TrainingError
+from bitwright.errors import RecipeError, TrainingError
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem
 from bitwright.quant import QuantLayer, quantize
-from bitwright.quant.quantizers import ActivationQuantizer
+from bitwright.quant.functional import UNTOUCHED
+from bitwright.quant.functional_calls import ProductCall
+from bitwright.quant.modules import call_address
+
+if TYPE_CHECKING:
+    from bitwright.sites import Site
 
 CALIBRATION = 256
 """Fit images whose activations set the step sizes of activation quantizers."""
+OPERANDS = (("input_quantizer",), ("left_quantizer", "right_quantizer"))
+"""Where a layer, and where a product of two activations, keeps the quantizers of its operands."""
 Block = Literal["weight", "kernel", "channel", "layer"]
 
 
@@ -85,18 +91,32 @@ class Fisher(SearchMethod[State]):
         return bool(state.scores)
 
 
+class _Probe(nn.Module):
+    """Adds zeros to an operand: their gradient is that of the operand as this layer alone reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the operand, and note it."""
+        zeros = torch.zeros_like(x, requires_grad=True)
+        self.seen.append((x.detach(), zeros))
+        return x + zeros
+
+
 @dataclass
 class _Layer:
-    """One layer that is scored: what each width changes, what the last pass saw, and the sums so far (kind and width to value)."""
+    """One layer or functional call that is scored: what each width changes, and the sums so far (kind and width to value)."""
 
-    path: str
     site: str
-    weight: nn.Parameter
+    module: nn.Module
+    weight: nn.Parameter | None
     channel_axis: int
-    errors: dict[int, Tensor]
-    quantizers: dict[int, ActivationQuantizer | None]
-    sums: dict[tuple[str, int], float]
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    probes: list[_Probe] = field(default_factory=list)
+    quantizers: list[dict[int, nn.Module]] = field(default_factory=list)
+    sums: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
 def fisher_scores(problem: Problem, options: Fisher | None = None) -> dict[str, Tensor]:
@@ -105,97 +125,99 @@ def fisher_scores(problem: Problem, options: Fisher | None = None) -> dict[str, 
     The network is left as it was, and the same problem gives the same scores.
 
     Raises:
-        SiteError: a site with several choices is a functional call, whose operands cannot be reached.
         TrainingError: gradients are not finite.
     """
     options = options or Fisher()
     scores = {site.name: torch.zeros(len(problem.choices[site.name]), dtype=torch.float64) for site in problem.sites}
-    model = copy.deepcopy(problem.model).eval().requires_grad_()
-    layers = _layers(problem, model)
-    if not layers:
+    free = [site for site in problem.sites if site.name not in problem.pins]
+    if not free:
         return scores
-    count = _pass(problem, options, model, layers)
+    generator = torch.Generator().manual_seed(problem.seed)
+    order = torch.randperm(len(problem.data.fit), generator=generator)
+    network, layers = _probed(problem, free, problem.data.fit.batch(order[:CALIBRATION])[0])
+    order = order[: options.samples]
+    for index in torch.split(order, 1 if options.labels == "given" else options.group):
+        x, y = problem.data.fit.batch(index)
+        logits = network(x.to(_device(network)))
+        if options.labels == "model":
+            y = torch.multinomial(logits.detach().double().softmax(1).cpu(), 1, generator=generator)[:, 0]
+        _add(layers, functional.cross_entropy(logits, y.to(logits.device), reduction="sum"), options.block)
     for layer in layers:
         for j, bits in enumerate(problem.choices[layer.site]):
-            scores[layer.site][j] += (layer.sums.get(("w", bits.w), 0.0) + layer.sums.get(("a", bits.a), 0.0)) / (2 * count)
+            scores[layer.site][j] += (layer.sums.get(("w", bits.w), 0.0) + layer.sums.get(("a", bits.a), 0.0)) / (2 * len(order))
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
             raise TrainingError(f"fisher: the gradients at site '{name}' are not finite; look for overflow in the network")
     return scores
 
 
-def _pass(problem: Problem, options: Fisher, model: nn.Module, layers: list[_Layer]) -> int:
-    """Run the samples through the network, add up every layer's sums, and return how many samples there were."""
-    fit, device = problem.data.fit, layers[0].weight.device
-    generator = torch.Generator().manual_seed(problem.seed)
-    order = torch.randperm(len(fit), generator=generator)[: options.samples]
-    for layer in layers:
-        if len(layer.quantizers) > 1:
-            model.get_submodule(layer.path).register_forward_pre_hook(_probe(layer))
-    for index in torch.split(order, 1 if options.labels == "given" else options.group):
-        x, y = fit.batch(index)
-        logits = model(x.to(device))
-        if options.labels == "model":
-            y = torch.multinomial(logits.detach().double().softmax(1).cpu(), 1, generator=generator)[:, 0]
-        _add(layers, functional.cross_entropy(logits, y.to(device), reduction="sum"), options.block)
-    return len(order)
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
-def _layers(problem: Problem, model: nn.Module) -> list[_Layer]:
-    """Return the layers of the sites that have a choice, with the rounding errors of the reference quantizer."""
-    free = [site for site in problem.sites if site.name not in problem.pins]
-    found: list[_Layer] = []
-    for site in free:
-        for path in site.layers:
-            if "#" in path:
-                raise SiteError(f"fisher: site '{site.name}' is a functional call, which it cannot score; pin it, or use another method")
-            weight = cast(nn.Parameter, model.get_submodule(path).weight)
-            found.append(_Layer(path, site.name, weight, site.channel_axis, {}, {}, {}))
-    widths = sorted({bits.w for site in free for bits in problem.choices[site.name]})
+def _probed(problem: Problem, free: Sequence[Site], images: Tensor) -> tuple[nn.Module, list[_Layer]]:
+    """Return a float copy of the network with probes at the operands, and its layers with the errors of every width."""
+    images = images.to(_device(problem.model))
+    # A product has a place for probes only where it is quantized; they take the place of its quantizers.
+    float_bits = {site.name: Bits(1, 1) if site.operands == 2 else Bits(32, 32) for site in free}
+    network, modules = _shells(problem, float_bits, free, images)
+    network.eval().requires_grad_()
+    axes = {site.name: site.channel_axis for site in free}
+    layers = {at: _Layer(site, module, _weight(module), axes[site]) for at, (site, module) in modules.items()}
+    for width in sorted({bits.w for site in free for bits in problem.choices[site.name]}):
+        for at, (_, module) in _shells(problem, {site.name: Bits(width, 32) for site in free}, free, images)[1].items():
+            if isinstance(module, QuantLayer):
+                layers[at].errors[width] = (module.quantized_weight() - module.weight).detach()
     inputs = sorted({bits.a for site in free for bits in problem.choices[site.name]})
-    if found:
-        images = problem.data.fit.take(CALIBRATION).batch(torch.arange(min(CALIBRATION, len(problem.data.fit))))[0]
-        images = images.to(found[0].weight.device)
-    for bits in [Bits(w, 32) for w in widths] + [Bits(32, a) for a in inputs]:
-        quantized = quantize(model, Policy({site.name: bits for site in free}), calibration=images, sites=free)
-        for layer in found:
-            shell = cast(QuantLayer, quantized.get_submodule(layer.path))
-            if bits.a == 32:
-                layer.errors[bits.w] = (shell.quantized_weight() - shell.weight).detach()
-            else:
-                layer.quantizers[bits.a] = shell.input_quantizer
-    return found
+    if len(inputs) > 1:  # with one width there is nothing to compare
+        _place_probes(problem, free, images, layers, [width for width in inputs if width < UNTOUCHED])
+    return network, list(layers.values())
 
 
-def _probe(layer: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Return a hook that adds zeros to a layer's input: their gradient is that of this layer's input, whoever else reads it."""
+def _place_probes(problem: Problem, free: Sequence[Site], images: Tensor, layers: dict[str, _Layer], widths: list[int]) -> None:
+    """Put a probe at every operand, and note the quantizers of every width that could stand there."""
+    for layer in layers.values():
+        for slot in OPERANDS[type(layer.module) is ProductCall]:
+            layer.probes.append(_Probe())
+            layer.quantizers.append({})
+            setattr(layer.module, slot, layer.probes[-1])
+    for width in widths:
+        for at, (_, module) in _shells(problem, {site.name: Bits(32, width) for site in free}, free, images)[1].items():
+            for slot, quantizers in zip(OPERANDS[type(module) is ProductCall], layers[at].quantizers, strict=True):
+                quantizers[width] = getattr(module, slot)
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        zeros = torch.zeros_like(args[0], requires_grad=True)
-        layer.seen.append((args[0].detach(), zeros))
-        return (args[0] + zeros, *args[1:])
 
-    return hook
+def _shells(
+    problem: Problem, policy: dict[str, Bits], free: Sequence[Site], images: Tensor
+) -> tuple[nn.Module, dict[str, tuple[str, nn.Module]]]:
+    """Return a quantized copy, and by address the site and the module that quantizes there."""
+    quantized = quantize(problem.model, Policy(policy), calibration=images, sites=free)
+    owner = {address: site.name for site in free for address in site.layers}
+    found = {call_address(path): module for path, module in quantized.named_modules() if isinstance(module, (QuantLayer, ProductCall))}
+    return quantized, {at: (owner[at], module) for at, module in found.items() if at in owner}
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    return module.weight if isinstance(module, QuantLayer) else None
 
 
 def _add(layers: list[_Layer], loss: Tensor, block: Block) -> None:
     """Add the squared effects of one backward pass to every layer's sums."""
-    weights = {id(layer.weight): layer.weight for layer in layers}
-    zeros = [zero for layer in layers for _, zero in layer.seen]
-    gradients = torch.autograd.grad(loss, [*weights.values(), *zeros], allow_unused=True)
+    weights = {id(layer.weight): layer.weight for layer in layers if layer.weight is not None}
+    zeros = [zero for layer in layers for probe in layer.probes for _, zero in probe.seen]
+    gradients = iter(torch.autograd.grad(loss, [*weights.values(), *zeros], allow_unused=True))
     by_weight = dict(zip(weights, gradients, strict=False))
-    by_input = iter(gradients[len(weights) :])
     for layer in layers:
         gradient = by_weight.pop(id(layer.weight), None)  # popped: a weight that two layers share counts once
         if gradient is not None:
             for width, error in layer.errors.items():
                 _accumulate(layer, ("w", width), _blocks(gradient * error, block, layer.channel_axis))
-        for x, _ in layer.seen:
-            gradient = next(by_input)
-            for width, quantizer in layer.quantizers.items():
-                if gradient is not None and quantizer is not None:
+        for probe, quantizers in zip(layer.probes, layer.quantizers, strict=False):
+            for x, _ in probe.seen:
+                gradient = next(gradients)
+                for width, quantizer in quantizers.items() if gradient is not None else ():
                     _accumulate(layer, ("a", width), gradient * (quantizer(x) - x).detach())
-        layer.seen.clear()
+            probe.seen.clear()
 
 
 def _accumulate(layer: _Layer, key: tuple[str, int], effect: Tensor) -> None:
@@ -207,5 +229,5 @@ def _blocks(effect: Tensor, block: Block, channel_axis: int) -> Tensor:
     if block == "kernel":
         return effect.flatten(2).sum(2) if effect.dim() > 2 else effect
     if block == "channel":
-        return effect.movedim(channel_axis, 0).flatten(1).sum(1)
+        return effect.movedim(channel_axis, 0).flatten(1).sum(1) if effect.dim() > 1 else effect
     return effect.sum() if block == "layer" else effect

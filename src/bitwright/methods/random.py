@@ -17,6 +17,7 @@ from bitwright.problem import Problem
 DRAWS = 4096
 """Policies drawn at once; the first of them inside the band is proposed."""
 Shares = list[NDArray[np.float64]]
+Probabilities = list[NDArray[np.float64]]
 
 
 @dataclass
@@ -57,18 +58,16 @@ class Random(SearchMethod[State]):
     def step(self, problem: Problem, state: State, told: Trial | None) -> tuple[State, Proposal | None]:
         """Propose one policy, from a generator seeded by the problem and its number."""
         generator = np.random.default_rng([problem.seed, state.proposed])
-        return State(state.proposed + 1), Proposal(draw(problem, generator, self.within))
+        return State(state.proposed + 1), Proposal(draw(problem, tilted(problem, self.within), generator, self.within))
 
     def done(self, problem: Problem, state: State) -> bool:
         """Say whether all were proposed."""
         return state.proposed >= self.count
 
 
-def draw(problem: Problem, generator: np.random.Generator, within: float) -> Policy:
-    """Return a random feasible policy, if possible in the band ``within`` below the limit."""
-    shares = _shares(problem)
-    tilts = _tilt(shares, 1 - within / 2)
-    columns = [generator.choice(len(p), size=DRAWS, p=p) for p in _probabilities(shares, tilts)]
+def draw(problem: Problem, probabilities: Probabilities, generator: np.random.Generator, within: float) -> Policy:
+    """Return a random feasible policy, if possible in the band ``within`` below the limit; see `tilted`."""
+    columns = [generator.choice(len(p), size=DRAWS, p=p) for p in probabilities]
     chosen = np.stack(columns, 1)
     feasible = np.ones(DRAWS, dtype=bool)
     used = np.zeros(DRAWS)
@@ -83,20 +82,26 @@ def draw(problem: Problem, generator: np.random.Generator, within: float) -> Pol
     return problem.policy([int(j) for j in chosen[best]])
 
 
-def _shares(problem: Problem) -> Shares:
-    """Return per site what each choice takes of each limit: ``[choice, budget]``."""
+def tilted(problem: Problem, within: float) -> Probabilities:
+    """Return for each site the probabilities of its choices, such that the expected cost lies in the middle of the band."""
     limits = np.asarray([max(1, limit) for limit in problem.limits], dtype=np.float64)
-    return [np.stack([site_terms[i] for site_terms in problem.terms], 1) / limits for i in range(len(problem.sites))]
+    shares = [np.stack([site_terms[i] for site_terms in problem.terms], 1) / limits for i in range(len(problem.sites))]
+    return _probabilities(shares, _tilts(shares, 1 - within / 2))
 
 
-def _probabilities(shares: Shares, tilts: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+def _probabilities(shares: Shares, tilts: NDArray[np.float64]) -> Probabilities:
     logits = [-share @ tilts for share in shares]
     weights = [np.exp(logit - logit.max()) for logit in logits]
     return [weight / weight.sum() for weight in weights]
 
 
-def _tilt(shares: Shares, target: float) -> NDArray[np.float64]:
-    """Return the tilts at which the expected share of every limit is at most ``target``: the minimum of a convex dual."""
+def _tilts(shares: Shares, target: float) -> NDArray[np.float64]:
+    """Return the tilts at which the expected share of every limit is at most ``target``: the minimum of a convex dual.
+
+    Args:
+        shares: per site what each choice takes of each limit, ``[choice, budget]``.
+        target: the share.
+    """
     from scipy.optimize import minimize  # noqa: PLC0415  (scipy is slow to import)
     from scipy.special import logsumexp  # noqa: PLC0415
 
@@ -105,6 +110,7 @@ def _tilt(shares: Shares, target: float) -> NDArray[np.float64]:
         expected = np.sum([share.T @ p for share, p in zip(shares, _probabilities(shares, tilts), strict=True)], axis=0)
         return float(value), target - expected
 
-    budgets = shares[0].shape[1]
-    answer = minimize(dual, np.zeros(budgets), jac=True, method="L-BFGS-B", bounds=[(0, None)] * budgets)
+    # Where even the cheapest choices miss the target the tilts would run away: they are bounded, and so are the steps.
+    bounds = [(0.0, 1e5)] * shares[0].shape[1]
+    answer = minimize(dual, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
     return np.asarray(answer.x, dtype=np.float64)
