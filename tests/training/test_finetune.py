@@ -381,6 +381,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 
 def test_a_network_of_other_widths_is_another_network(tmp_path):
     """Its tensors have the same names and shapes, so only the widths tell."""
+
     def at(bits):
         return quantize(seeded(0, float_net), Policy({"0": (8, 32), "4": (bits, 32), "7": (8, 32)}))
 
