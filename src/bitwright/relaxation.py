@@ -72,6 +72,8 @@ class Decisions:
     """
 
     def __init__(self, problem: Problem, granularity: Granularity):
+        if not problem.budgets:
+            raise BudgetError("a differentiable search needs a budget to descend to; give one, for example weight_bits<=2.5")
         self.problem = problem
         self.rows = rows_of(problem, granularity)
         self.widest = max(len(row.widths) for row in self.rows)

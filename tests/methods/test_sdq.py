@@ -354,7 +354,7 @@ def test_another_option_in_an_old_directory_is_refused(tmp_path):
 def test_the_contract_and_the_gap_to_the_optimum_of_planted_problems(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = check_method(SDQ(epochs=1000, max_steps=150, batch_size=64), kinds=[kind], limit=0.05)
+        report = check_method(SDQ(epochs=1000, max_steps=300, batch_size=64), kinds=[kind], limit=0.05)
     assert report.rows[0].gap <= 0.05
 
 

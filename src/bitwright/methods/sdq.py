@@ -22,15 +22,33 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.driver import Proposal, SearchMethod, Trial
-from bitwright.errors import RecipeError, TrainingError
+from bitwright.errors import RecipeError, TrainingError, nearest
 from bitwright.policy import Policy
 from bitwright.problem import Problem
 from bitwright.quant.convert import calibration_images
+from bitwright.quant.functional import UNTOUCHED
 from bitwright.quant.gates import Gate, GatedActivation, GatedWeight, LayerGates, WeightForm, switchable
 from bitwright.quant.modules import QuantLayer, named_quant_layers
 from bitwright.relaxation import Decisions, Granularity, logistic
-from bitwright.training.finetune import FinetuneOptions, build_loss, build_optimizer, draw_batch, learning_rate, set_memory_order, steps_in
+from bitwright.training.finetune import (
+    FinetuneOptions,
+    build_loss,
+    build_optimizer,
+    draw_batch,
+    first_bad_layer,
+    learning_rate,
+    set_memory_order,
+    steps_in,
+)
 
+CHOICES = {
+    "gate": ("stochastic", "interpolation", "soft"),
+    "qer": ("descent", "expected", "budget"),
+    "granularity": ("layer", "block", "net"),
+    "final": ("allocate", "round"),
+    "quantizer": ("lsq", "entropy", "dorefa"),
+    "precision": ("float32", "bfloat16"),
+}
 LEAST, MOST = 1e-4, 1 - 1e-4
 REFRESH = 50
 """Steps between two measurements of the quantization errors, and between two proposals."""
@@ -38,6 +56,8 @@ RATIO = 2.0
 """A gain, over the strength of the regularizer, counts for no more than this: one noisy batch must not undo many."""
 MEMORY = 50
 """Steps that the running mean of a β's gradient looks back, at most to its arrival at the width."""
+PRIOR = 30.0
+"""A gain measured n times counts n, what the row's other gains foretell counts this."""
 NOISE = 3.0
 """A mean gradient within so many of its standard errors of zero moves β less than the regularizer does."""
 
@@ -47,8 +67,9 @@ class State:
     """All that the search holds; see `SearchMethod`.
 
     ``beta``, ``errors``: ``[row, candidate]``; ``level``: the candidate that each row steps down from; ``strength``: of the
-    regularizer, per budget; ``slope``, ``power``: running means of each β's gradient
-    and of its square over the ``stay``, the steps since its row arrived at the width; ``gains``, ``draws``: sum and number of the gains measured, ``[row, candidate, lower or upper drawn]``.
+    regularizer, per budget; ``slope``, ``power``: running means of each β's gradient and of its square over the ``stay``, the
+    steps since its row arrived at the width; ``gains``, ``draws``: sum and number of the gains measured, ``[row, candidate,
+    lower or upper drawn]``.
     """
 
     step: int
@@ -123,6 +144,11 @@ class SDQ(SearchMethod[State]):
     channels_last: bool = False
 
     def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(f"sdq: {name}='{getattr(self, name)}' is unknown; {nearest(str(getattr(self, name)), known)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise RecipeError(f"sdq: max_steps={self.max_steps}; give at least 1, or leave it out")
         if not 0 < self.threshold < self.beta < 1:
             raise RecipeError(f"sdq: needs 0 < threshold < beta < 1, got threshold={self.threshold}, beta={self.beta}; try 0.1 and 0.99")
         if min(self.epochs, self.temperature, self.speed, self.lr, self.batch_size) <= 0 or not 0 < self.descent <= 1:
@@ -139,7 +165,8 @@ class SDQ(SearchMethod[State]):
         twice = torch.zeros(*shape, 2, dtype=torch.float64)
         costs = decisions.expected_costs(probabilities(beta, level))
         strength = torch.zeros(len(problem.budgets), dtype=torch.float64)
-        state = State(0, {}, {}, beta, level, strength, engine.errors(), twice, twice.clone(), *torch.zeros(3, len(level), dtype=torch.float64), costs)
+        slope, power, stay = torch.zeros(3, len(level), dtype=torch.float64).unbind()
+        state = State(0, {}, {}, beta, level, strength, engine.errors(), twice, twice.clone(), slope, power, stay, costs)
         engine.attach(state, fresh=True)
         return state
 
@@ -324,18 +351,24 @@ def allocate_near(decisions: Decisions, state: State, index: list[int]) -> Polic
 def losses_of(decisions: Decisions, state: State) -> Tensor:
     """Return what each candidate loses against the widest, ``[row, candidate]``, from the gains measured on the way down.
 
-    A step that was never taken is put at four times the one above it, as the error of a uniform grid grows; a step never
-    gains less than the one above it.
+    To second order a step loses in proportion to the quantization error it adds, so all gains of a row tell of one factor, its
+    sensitivity. A gain that was measured often counts for itself; one seldom or never measured is put at sensitivity times error.
+    A step never gains less than the one above it.
     """
     mean = state.gains / state.draws.clamp_min(1e-9)
     seen = state.draws > 0.5
-    gain = torch.where(seen.all(2), mean.mean(2), torch.where(seen, mean, 0.0).sum(2)).clamp_min(0)
+    measured = torch.where(seen.all(2), mean.mean(2), torch.where(seen, mean, 0.0).sum(2))
+    often = state.draws.sum(2)
+    added = torch.zeros_like(state.errors)
+    added[:, 1:] = (state.errors[:, :-1] - state.errors[:, 1:]).clamp_min(0)
+    sensitivity = (often * measured * added).sum(1) / (often * added.square()).sum(1).clamp_min(1e-30)
+    foretold = sensitivity.clamp_min(0)[:, None] * added
+    gain = ((often * measured + PRIOR * foretold) / (often + PRIOR)).clamp_min(0)
     losses = torch.zeros_like(gain)
     for r in decisions.free:
-        count = len(decisions.rows[r].widths)
         above = 0.0
-        for i in range(count - 1, 0, -1):
-            above = max(above, float(gain[r, i])) if bool(seen[r, i].any()) else 4 * above + 1e-9
+        for i in range(len(decisions.rows[r].widths) - 1, 0, -1):
+            above = max(above, float(gain[r, i])) + 1e-12
             losses[r, i - 1] = losses[r, i] + above
     return losses
 
@@ -415,7 +448,9 @@ class _Engine:
         loss = self.loss_of(x.to(self.device), y.to(self.device), torch.zeros((), device=self.device))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(f"sdq: the loss is {value} at step {step}; lower lr (now {method.lr}) or check the data")
+            where = first_bad_layer(self.network, x.to(self.device))
+            seen = f"the loss is {value} at step {step}, first seen in {where}"
+            raise TrainingError(f"sdq: {seen}; lower lr (now {method.lr}) or check the data")
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -451,4 +486,4 @@ def _relative_error(layer: QuantLayer, kind: str, width: int, device: torch.devi
             return float((quantizer.at_width(value, bits) - value).square().sum() / value.square().sum().clamp_min(1e-12))
         inputs = layer.input_quantizer
         assert isinstance(inputs, GatedActivation)
-        return float(inputs.error[(bits - 1).clamp_max(7)])
+        return 0.0 if width >= UNTOUCHED else float(inputs.error[width - 1])

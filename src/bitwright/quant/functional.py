@@ -82,7 +82,7 @@ class _Rounding(torch.autograd.Function):
         """Return the gradients of values and step."""
         x, scale, low, high, *rest = ctx.saved_tensors
         unit = x / scale
-        inside = (unit >= low) & (unit <= high)
+        inside = (unit > low) & (unit < high)
         code = codes(x, scale, low, high, rest[0] if rest else ctx.binary)
         by_scale = grad * torch.where(inside, code - unit, code)
         return torch.where(inside, grad, 0.0), by_scale.sum_to_size(scale.shape), None, None, None

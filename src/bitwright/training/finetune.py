@@ -160,7 +160,7 @@ def finetune(
     if guide is not None:
         set_memory_order(guide, channels_last=options.channels_last)
     optimizer = build_optimizer(model, options)
-    progress = _resume(model, optimizer, options, out)
+    progress = _resume(model, optimizer, _fingerprint(options, seed, taught=teacher is not None), out)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _train(model, guide, data, options, optimizer, progress, out, log, seed)
     if options.ema:
@@ -224,7 +224,7 @@ def _train(
             _end_epoch(progress, epoch_steps, lr, time.monotonic() - started, log)
         if out is not None and (time.monotonic() - saved >= options.checkpoint_seconds or progress.step == steps):
             progress.seconds = time.monotonic() - started
-            _save(model, optimizer, options, progress, out)
+            _save(model, optimizer, _fingerprint(options, seed, taught=teacher is not None), progress, out)
             saved = time.monotonic()
     progress.seconds = max(progress.seconds, time.monotonic() - started)
 
@@ -382,9 +382,9 @@ def _end_epoch(progress: _Progress, epoch_steps: int, lr: float, seconds: float,
         log(row)
 
 
-def _fingerprint(options: FinetuneOptions) -> dict[str, Any]:
-    """Return the options that a checkpoint must share to be resumed."""
-    return {k: v for k, v in asdict(options).items() if k not in ("checkpoint_seconds", "compile")}
+def _fingerprint(options: FinetuneOptions, seed: int, *, taught: bool) -> dict[str, Any]:
+    """Return what a checkpoint must share to be resumed."""
+    return {k: v for k, v in asdict(options).items() if k not in ("checkpoint_seconds", "compile")} | {"seed": seed, "teacher": taught}
 
 
 def _bits(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -392,22 +392,22 @@ def _bits(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (layer.bits.w, layer.bits.a) for name, layer in named_quant_layers(model)}
 
 
-def _save(model: nn.Module, optimizer: torch.optim.Optimizer, options: FinetuneOptions, progress: _Progress, out: Path) -> None:
+def _save(model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], progress: _Progress, out: Path) -> None:
     network, rates = dict(model.state_dict()), optimizer.state_dict()
-    tree = {"model": network, "optimizer": rates, "progress": asdict(progress), "options": _fingerprint(options), "bits": _bits(model)}
+    tree = {"model": network, "optimizer": rates, "progress": asdict(progress), "options": identity, "bits": _bits(model)}
     runs.save_tree(out / CHECKPOINT, tree)
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, options: FinetuneOptions, out: Path | None) -> _Progress:
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], out: Path | None) -> _Progress:
     """Load the checkpoint in ``out``, if there is one."""
     if out is None or not (out / CHECKPOINT).exists():
         return _Progress()
     tree = runs.load_tree(out / CHECKPOINT)
-    if tree["options"] != _fingerprint(options):
-        differ = [k for k, v in _fingerprint(options).items() if tree["options"].get(k) != v]
+    if tree["options"] != identity:
+        differ = [k for k, v in identity.items() if tree["options"].get(k) != v]
         changed = ", ".join(differ)
         raise RunError(f"{out / CHECKPOINT} was made with other fine-tuning options ({changed}); use another --out, or the old ones")
-    if tree["bits"] != _bits(model):
+    if tree.get("bits") != _bits(model):
         raise RunError(f"{out / CHECKPOINT} belongs to another network (its layers have other widths); use another --out")
     try:
         model.load_state_dict(tree["model"])
