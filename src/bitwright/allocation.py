@@ -227,8 +227,8 @@ def _scale(row: _Row) -> float:
 
 def _matrix(rows: Sequence[_Row], kept: Kept) -> NDArray[np.float64]:
     width = sum(map(len, kept))
-    flat = [[_scale(row) * term for site in row.terms for term in site] for row in rows]
-    return np.asarray(flat, dtype=np.float64).reshape(len(rows), width)
+    flat = [_scale(row) * np.asarray([term for site in row.terms for term in site], dtype=np.float64) for row in rows]
+    return np.asarray(flat).reshape(len(rows), width)
 
 
 def _one_per_site(kept: Kept) -> tuple[Any, NDArray[np.int64]]:
