@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+
+# A suite started in the background inherits an ignored SIGINT, and so would the processes it tests with Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 
