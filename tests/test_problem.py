@@ -222,6 +222,13 @@ def test_budgets_that_exclude_each_other_name_both_ways_out():
         table_problem([[1.0, 0.0]] * 2, terms, [2, 8]).check()
 
 
+def test_where_no_single_limit_helps_several_must_rise():
+    # Site 0 suits one budget at a time: any two of the three limits exclude each other.
+    terms = [[[0, 1, 1]], [[1, 0, 1]], [[1, 1, 0]]]
+    with pytest.raises(BudgetError, match="raise several of them"):
+        table_problem([[0.0] * 3], terms, [0, 0, 0]).check()
+
+
 # ---- the loss
 
 

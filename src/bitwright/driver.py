@@ -214,6 +214,7 @@ class _Session:
     out: Path | None
     log: Log | None
     ask_all: bool
+    identity: dict[str, Any] = field(default_factory=dict)
     state: Any = None
     steps: int = 0
     finished: Status | None = None
@@ -234,7 +235,8 @@ class _Session:
         if not dataclasses.is_dataclass(self.state) or isinstance(self.state, type):
             kind = type(self.state).__name__
             raise TypeError(f"method '{self.method.name}': its state is a {kind}; let start() return a dataclass of tensors and numbers")
-        saved = None if self.out is None else _load(self.out, self.fingerprint())
+        self.identity = self._fingerprint()
+        saved = None if self.out is None else _load(self.out, self.identity)
         if saved is None:
             if self.out is not None:
                 runs.truncate_jsonl(self.out / LINES, 0)
@@ -308,7 +310,7 @@ class _Session:
         if self.log is not None:
             self.log(record)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, Any]:
         kind = type(self.method)
         options = {f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}  # type: ignore[arg-type]
         parts = {"method": f"{kind.__module__}:{kind.__qualname__}", "options": options, "problem": self.problem.fingerprint()}
@@ -325,7 +327,7 @@ class _Session:
         devices: list[str] = []
         _map_tensors(state, lambda tensor: devices.append(str(tensor.device)))
         position = {"step": self.steps, "lines": self.lines, "told": self.told is not None, "finished": self.finished}
-        tree = {"fingerprint": self.fingerprint(), **position, "seconds": self.elapsed(), "devices": devices, "state": state}
+        tree = {"fingerprint": self.identity, **position, "seconds": self.elapsed(), "devices": devices, "state": state}
         runs.save_tree(_checkpoint(self.out, self.steps), tree)
         for old in _checkpoints(self.out)[:-KEPT]:
             old.unlink(missing_ok=True)
