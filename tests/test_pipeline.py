@@ -115,6 +115,13 @@ def test_again_repeats_a_stage_to_the_same_result(finished_run: Path, tmp_path: 
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 
+def test_a_stage_done_again_renews_the_report(finished_run: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(finished_run, tmp_path / "copy")
+    before = (path / "report.html").read_text()
+    pipeline.run_stages(Job.load(path), ["export"], again=True)
+    assert (path / "report.html").read_text() != before  # it tells when each stage was finished
+
+
 def test_a_later_stage_runs_what_it_needs_and_no_more(tiny: dict[str, Any], tmp_path: Path) -> None:
     job = Job.open(load_recipe(tiny), tmp_path / "run")
     pipeline.run_stages(job, ["finetune"])
@@ -277,9 +284,10 @@ def _start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
 
 def _stop(process: subprocess.Popen[bytes], number: signal.Signals, when: Callable[[], bool]) -> bytes:
     """Send a signal as soon as ``when`` holds, and return what the process said."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 200
     while not when():
-        assert process.poll() is None, "the run ended before it could be stopped"
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before it could be stopped: {process.communicate()[1].decode()}")
         assert time.monotonic() < limit, "the run never came so far"
         time.sleep(0.005)
     process.send_signal(number)

@@ -88,6 +88,8 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
     wanted = [name for name in STAGES if (name in stages if stages else _in_recipe(job.recipe, name))]
     needed = [name for name in ("float", "search", "finetune") if any(name in NEEDS[stage] for stage in wanted)]
     todo = [name for name in STAGES if (name in wanted or name in needed) and not job.run.finished(name)]
+    if todo and job.run.finished("report"):
+        todo.append("report")  # what it shows is about to change
     if "float" in todo or "search" in todo:
         _check_trainable(job.recipe)
         job.problem_of(job.untrained).check()
