@@ -84,8 +84,10 @@ class _Rounding(torch.autograd.Function):
         unit = x / scale
         inside = (unit > low) & (unit < high)
         code = codes(x, scale, low, high, rest[0] if rest else ctx.binary)
-        by_scale = grad * torch.where(inside, code - unit, code)
-        return torch.where(inside, grad, 0.0), by_scale.sum_to_size(scale.shape), None, None, None
+        # The mask is used once: a compiler that must keep it for two readers stores it as bytes, which is slow on a CPU.
+        passed = torch.where(inside, grad, 0.0)
+        by_scale = grad * code - passed * unit
+        return passed, by_scale.sum_to_size(scale.shape), None, None, None
 
 
 def codes(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, binary: Tensor | bool) -> Tensor:
