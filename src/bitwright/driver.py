@@ -255,7 +255,11 @@ class _Session:
         self.told = self.history[-1] if saved["told"] else None
         devices = iter(saved["devices"])
         fields = _map_tensors(saved["state"], lambda tensor: tensor.to(next(devices)))
-        self.state = type(self.state)(**fields)
+        try:
+            self.state = type(self.state)(**fields)
+        except TypeError as error:  # written by another version of the method, whose state had other fields
+            begun = f"its search was begun by another version of '{self.method.name}'"
+            raise RunError(f"{self.out}: {begun} ({error}); give another --out") from None
 
     def _uniform_point(self) -> None:
         policy = self.problem.uniform()
