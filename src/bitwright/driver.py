@@ -103,6 +103,8 @@ class Result:
         status: "done" by the method's own account, "stopped" by a stop rule, or "interrupted" by Ctrl-C.
         steps: steps taken, earlier sessions included.
         seconds: time taken, earlier sessions included.
+        sample_passes: images that the search passed through a network (`Problem.spend`), earlier sessions included; the
+            uniform point, which stands beside every search, is not counted.
     """
 
     policy: Policy
@@ -114,6 +116,7 @@ class Result:
     status: Status
     steps: int
     seconds: float
+    sample_passes: int
 
 
 class SearchMethod(ABC, Generic[S]):
@@ -223,10 +226,14 @@ class _Session:
     history: list[Trial] = field(default_factory=list)
     lines: int = 0
     earlier: float = 0.0
+    passes: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def elapsed(self) -> float:
         return self.earlier + time.monotonic() - self.started
+
+    def sample_passes(self) -> int:
+        return self.problem.sample_passes - self.passes
 
     def begin(self) -> None:
         """Start the method, or pour the newest checkpoint into its mould."""
@@ -241,6 +248,7 @@ class _Session:
             if self.out is not None:
                 runs.truncate_jsonl(self.out / LINES, 0)
             self._uniform_point()
+            self.passes = self.problem.sample_passes
             self.save()
             return
         self._resume(saved)
@@ -253,6 +261,7 @@ class _Session:
         self.history = [_trial(record) for record in records]
         self.steps, self.lines, self.earlier, self.finished = saved["step"], saved["lines"], saved["seconds"], saved["finished"]
         self.told = self.history[-1] if saved["told"] else None
+        self.passes = self.problem.sample_passes - saved["sample_passes"]
         devices = iter(saved["devices"])
         fields = _map_tensors(saved["state"], lambda tensor: tensor.to(next(devices)))
         try:
@@ -331,7 +340,8 @@ class _Session:
         devices: list[str] = []
         _map_tensors(state, lambda tensor: devices.append(str(tensor.device)))
         position = {"step": self.steps, "lines": self.lines, "told": self.told is not None, "finished": self.finished}
-        tree = {"fingerprint": self.identity, **position, "seconds": self.elapsed(), "devices": devices, "state": state}
+        spent = {"seconds": self.elapsed(), "sample_passes": self.sample_passes()}
+        tree = {"fingerprint": self.identity, **position, **spent, "devices": devices, "state": state}
         runs.save_tree(_checkpoint(self.out, self.steps), tree)
         for old in _checkpoints(self.out)[:-KEPT]:
             old.unlink(missing_ok=True)
@@ -344,9 +354,8 @@ class _Session:
         if self.out is not None:
             runs.write_text_atomic(self.out / "policy.json", winner.policy.to_json() + "\n")
         front = pareto_front(self.history)
-        return Result(
-            winner.policy, winner.loss, winner.costs, tuple(self.history), front, self.uniform, status, self.steps, self.elapsed()
-        )
+        spent = (self.steps, self.elapsed(), self.sample_passes())
+        return Result(winner.policy, winner.loss, winner.costs, tuple(self.history), front, self.uniform, status, *spent)
 
     def _winner(self, status: Status) -> Trial:
         if not self.history:

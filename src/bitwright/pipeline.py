@@ -171,7 +171,8 @@ def search_stage(job: Job) -> dict[str, Any]:
     uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}
     facts = {"method": section.method, "status": result.status, "steps": result.steps, "loss": result.loss, "costs": list(result.costs)}
     shown = [budget.describe(cost, problem.sites) for budget, cost in zip(problem.budgets, result.costs, strict=True)]
-    record = {**facts, "seconds": result.seconds, "budgets": shown, "uniform": uniform, **job.describe(result.policy)}
+    spent = {"seconds": result.seconds, "sample_passes": result.sample_passes}
+    record = {**facts, **spent, "budgets": shown, "uniform": uniform, **job.describe(result.policy)}
     write_json(job, "search.json", record)
     return facts
 

@@ -103,6 +103,7 @@ class Problem:
 
     Attributes:
         evaluations: how many policies were really evaluated (each one once).
+        sample_passes: images that went through a network so far, in forward passes; a backward pass counts two (`spend`).
 
     Raises:
         SiteError: the choices name an unknown site.
@@ -128,6 +129,7 @@ class Problem:
         self.seed = seed
         self.kind = kind
         self.evaluations = 0
+        self.sample_passes = 0
         self._data = None if data is None else SearchData(data.fit, data.selection)
         self._evaluate = evaluate
         self._losses: dict[Policy, float] = {}
@@ -209,6 +211,14 @@ class Problem:
             return self.policy([0] * len(self.choices))
         return self.policy([int(j) for j in np.sum(shares, 0).argmin(1)])
 
+    def spend(self, samples: int, *, backward: bool = False) -> None:
+        """Count a pass of so many images through a network of the search: forward alone, or forward and backward (three passes).
+
+        What searches cost is compared in this unit, so a method calls it for every pass of its own; policies that `loss`
+        evaluates are counted there.
+        """
+        self.sample_passes += samples * (3 if backward else 1)
+
     def loss(self, policy: Mapping[str, Bits]) -> float:
         """Return the loss of a policy: scale-free, lower is better, evaluated once and remembered.
 
@@ -227,7 +237,7 @@ class Problem:
             return self._evaluate
         from bitwright.quant.reference import ReferenceLoss  # noqa: PLC0415  (only where it is used)
 
-        return ReferenceLoss(self.model, self.data.selection, self.data.fit, self.sites, self.seed)
+        return ReferenceLoss(self.model, self.data.selection, self.data.fit, self.sites, self.seed, spend=self.spend)
 
     def uniform(self) -> Policy | None:
         """Return the widest policy of one width pair that keeps every budget, or None.

@@ -141,6 +141,7 @@ def fisher_scores(problem: Problem, options: Fisher | None = None) -> dict[str, 
         logits = network(x.to(_device(network)))
         if options.labels == "model":
             y = torch.multinomial(logits.detach().double().softmax(1).cpu(), 1, generator=generator)[:, 0]
+        problem.spend(len(x), backward=True)
         _add(layers, functional.cross_entropy(logits, y.to(logits.device), reduction="sum"), options.block)
     for layer in layers:
         for j, bits in enumerate(problem.choices[layer.site]):

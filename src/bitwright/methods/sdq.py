@@ -451,6 +451,7 @@ class _Engine:
             where = first_bad_layer(self.network, x.to(self.device))
             seen = f"the loss is {value} at step {step}, first seen in {where}"
             raise TrainingError(f"sdq: {seen}; lower lr (now {method.lr}) or check the data")
+        self.problem.spend(len(x), backward=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

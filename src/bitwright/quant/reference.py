@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bitwright.policy import Policy
 from bitwright.quant.batchnorm import collect
 from bitwright.quant.convert import quantize
+from bitwright.quant.functional import UNTOUCHED
 
 if TYPE_CHECKING:
     from bitwright.data import Split
@@ -50,12 +51,22 @@ class ReferenceLoss:
         calibration: split of other images for step sizes and BatchNorm.
         sites: the trace's sites.
         seed: chooses which images of the two splits.
+        spend: told how many images each evaluation passes through a network.
     """
 
-    def __init__(self, model: nn.Module, selection: Split, calibration: Split, sites: Sequence[Site], seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Split,
+        calibration: Split,
+        sites: Sequence[Site],
+        seed: int = 0,
+        *,
+        spend: Callable[[int], None] = lambda images: None,
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.model = copy.deepcopy(model).eval()
-        self.sites = sites
+        self.sites, self.spend = sites, spend
         self.images = selection.batch(torch.randperm(len(selection), generator=generator)[:IMAGES], None)[0]
         self.calibration = calibration.batch(torch.randperm(len(calibration), generator=generator)[:CHUNK], None)[0]
         self.outputs = self._outputs(self.model)
@@ -67,6 +78,8 @@ class ReferenceLoss:
 
     def __call__(self, policy: Policy) -> float:
         """Return the divergence that a policy causes."""
+        observed = len(self.calibration) * any(bits.a < UNTOUCHED for bits in policy.values())
+        self.spend(len(self.images) + len(self.calibration) + observed)
         quantized = quantize(
             self.model, policy, calibration=self.calibration, correct=("batchnorm",), sites=self.sites, float_statistics=self.statistics
         )
