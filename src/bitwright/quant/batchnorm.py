@@ -27,8 +27,10 @@ def batch_statistics(model: nn.Module) -> Iterator[Statistics]:
     for name, module in modules.items():
 
         def record(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            axes = [k for k in range(args[0].dim()) if k != 1]
-            seen[name] = (args[0].mean(axes), args[0].var(axes, correction=0))
+            x = args[0]
+            axes = [k for k in range(x.dim()) if k != 1]
+            mean = x.mean(axes, keepdim=True)
+            seen[name] = (mean.flatten(), (x - mean).square_().mean(axes))  # Tensor.var costs as much as the convolution before it
 
         handles.append(module.register_forward_pre_hook(record))
         module.training, module.momentum, module.num_batches_tracked = True, 0.0, None
