@@ -1,6 +1,7 @@
 """Evaluation: known answers, intervals, and one clear line for what cannot be evaluated."""
 
 import json
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from bitwright.data import TensorSplit
 from bitwright.errors import DataError, TrainingError
-from bitwright.evaluation import Evaluation, evaluate, paired_difference, score, wilson
+from bitwright.evaluation import Estimate, Evaluation, corrected, evaluate, holm, over_seeds, paired_difference, score, wilson
 
 
 def split(n=40, classes=7):
@@ -107,3 +108,112 @@ def test_paired_difference_equals_a_plain_bootstrap():
     assert not paired_difference(known(a), known(a)).significant
     with pytest.raises(DataError, match="400 images and the other 10"):
         paired_difference(known(a), known(b[:10]))
+
+
+# ---- over seeds and images
+
+
+def trainings(accuracies, n=2000, spread=0.0, shared=0.5, seed=0):
+    """Simulate which images networks have right: ``[network][seed] -> bool [n]``; images are hard for all, seeds vary by ``spread``."""
+    draw = np.random.default_rng(seed)
+    hard = draw.normal(size=n)
+    found = []
+    for accuracy in accuracies:
+        level = [-NormalDist().inv_cdf(1 - accuracy) + spread * draw.normal() for _ in range(3)]
+        noise = [np.sqrt(shared) * hard + np.sqrt(1 - shared) * draw.normal(size=n) for _ in range(3)]
+        found.append([torch.from_numpy(value < edge) for value, edge in zip(noise, level, strict=True)])
+    return found
+
+
+def test_the_error_of_one_seed_is_that_of_the_images():
+    right = torch.arange(1000) % 10 != 0
+    one = over_seeds([right])
+    assert one.mean == 0.9
+    assert one.error == pytest.approx(np.sqrt(0.09 / 1000), rel=0.03)
+    assert one.freedom == np.inf
+    assert one.interval() == pytest.approx(wilson(900, 1000), abs=0.002)
+
+
+def test_the_error_equals_a_plain_resampling_of_seeds_and_images():
+    a, b = trainings([0.9, 0.8], n=300, spread=0.1)
+    values = np.stack([x.numpy().astype(float) - y.numpy() for x, y in zip(a, b, strict=True)])
+    draw = np.random.default_rng(1)
+    plain = []
+    for _ in range(3000):
+        seeds, images = draw.integers(0, 3, 3), draw.integers(0, 300, 300)
+        per_seed = values[:, images].mean(1)
+        plain.append(per_seed.mean() + np.sqrt(3 / 2) * (per_seed[seeds].mean() - per_seed.mean()))
+    estimate = over_seeds(a, b)
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.error == pytest.approx(np.std(plain), rel=0.05)
+    of_seeds = values.mean(1).var(ddof=1) / 3
+    assert estimate.freedom == pytest.approx(2 * estimate.error**2 / of_seeds)
+    assert estimate == over_seeds(a, b)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    a, b = trainings([0.9, 0.85])
+    calm = over_seeds(a, b)
+    shifted = [row.clone() for row in a]
+    shifted[0][:100], shifted[1][:100] = True, False
+    torn = over_seeds(shifted, b)
+    assert torn.error > 1.5 * calm.error
+    assert 2 <= torn.freedom < 4 < calm.freedom
+    assert torn.p_value > calm.p_value
+
+
+def test_the_same_network_does_not_differ():
+    (a,) = trainings([0.9])
+    estimate = over_seeds(a, a)
+    assert (estimate.mean, estimate.error, estimate.p_value, estimate.interval()) == (0.0, 0.0, 1.0, (0.0, 0.0))
+
+
+def test_what_cannot_be_compared_over_seeds():
+    a, b = trainings([0.9, 0.8])
+    with pytest.raises(DataError, match="3 seeds of 2000 images against 2 seeds of 2000 images"):
+        over_seeds(a, b[:2])
+    with pytest.raises(DataError, match=r"the seeds have \[10, 2000\] images; evaluate every seed on the same split"):
+        over_seeds([a[0], a[1][:10]])
+
+
+def test_student_is_what_the_interval_uses():
+    estimate = Estimate(0.02, 0.01, 2.0, 3, 100)
+    assert estimate.interval() == pytest.approx((0.02 - 0.0430265, 0.02 + 0.0430265), abs=1e-6)
+    assert estimate.p_value == pytest.approx(0.1835, abs=1e-4)
+
+
+def test_holm_by_hand():
+    # In order: 0.005 x 4, 0.01 x 3, 0.03 x 2 fails, and 0.04 x 1 may not be below that.
+    found = holm([0.04, 0.005, 0.03, 0.01])
+    assert [p for p, _ in found] == pytest.approx([0.06, 0.02, 0.06, 0.03])
+    assert [share for _, share in found] == pytest.approx([0.05 / 2, 0.05 / 4, 0.05 / 2, 0.05 / 3])
+    assert holm([]) == []
+    assert holm([0.8, 0.9])[0][0] == 1.0
+
+
+def test_a_corrected_interval_leaves_out_zero_exactly_where_it_is_significant():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        judged = corrected([Estimate(float(draw.normal(scale=0.02)), 0.007, 4.0, 3, 100) for _ in range(6)])
+        for one in judged:
+            assert one.significant == (one.interval[0] > 0 or one.interval[1] < 0) == (one.p_value <= 0.05)
+            assert one.p_value >= one.estimate.p_value
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_methods_that_are_the_same_are_rarely_told_apart(spread):
+    """Five methods of the same accuracy against a sixth: in at most 5 % of comparisons may any of the five differ."""
+    wrong = 0
+    for seed in range(120):
+        uniform, *others = trainings([0.85] * 6, n=300, spread=spread, seed=seed)
+        wrong += any(one.significant for one in corrected([over_seeds(a, uniform, samples=400) for a in others]))
+    assert wrong <= 11, f"{wrong} of 120"  # more than 11 would come up once in 33 times at a rate of 5 %
+
+
+def test_a_difference_that_is_there_is_found():
+    found = 0
+    for seed in range(20):
+        uniform, better, *same = trainings([0.85, 0.92, 0.85, 0.85, 0.85], spread=0.03, seed=seed)
+        judged = corrected([over_seeds(a, uniform, samples=1000) for a in (better, *same)])
+        found += judged[0].significant and judged[0].estimate.mean > 0
+    assert found >= 17, f"{found} of 20"
