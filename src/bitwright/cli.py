@@ -398,8 +398,9 @@ def _method_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def _describe(method: type[SearchMethod[Any]]) -> dict[str, Any]:
     """Return a method's summary and options as JSON-able data."""
     doc = inspect.getdoc(method) or ""
+    every = "\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in method.__mro__)  # a base class tells of its own options
     options = [
-        {"name": field.name, "default": _default(field), "type": str(field.type), "about": _attribute(doc, field.name)}
+        {"name": field.name, "default": _default(field), "type": str(field.type), "about": _attribute(every, field.name)}
         for field in dataclasses.fields(method)  # type: ignore[arg-type]  # every method is one
     ]
     module = sys.modules[method.__module__].__doc__ or doc

@@ -68,7 +68,7 @@ class Decisions:
         granularity: which sites decide together.
 
     Attributes:
-        rows: all rows; ``free`` numbers those with more than one candidate.
+        rows: all rows; ``free`` numbers those with more than one candidate, ``counts`` holds how many each has.
     """
 
     def __init__(self, problem: Problem, granularity: Granularity):
@@ -77,6 +77,7 @@ class Decisions:
         self.problem = problem
         self.rows = rows_of(problem, granularity)
         self.widest = max(len(row.widths) for row in self.rows)
+        self.counts = torch.tensor([len(row.widths) for row in self.rows])
         self.free = [r for r, row in enumerate(self.rows) if len(row.widths) > 1]
         self.of_site = {name: [r for r, row in enumerate(self.rows) if name in row.sites] for name in problem.choices}
         self.tables = [self._table(k) for k in range(len(problem.budgets))]
@@ -152,3 +153,22 @@ def logistic(count: int) -> Tensor:
     """Draw from the standard logistic distribution, the difference of two Gumbel variables, by torch's global generator."""
     uniform = torch.rand(count, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     return uniform.log() - (-uniform).log1p()
+
+
+def adam(gradient: Tensor, first: Tensor, second: Tensor, step: int, betas: tuple[float, float] = (0.9, 0.99)) -> Tensor:
+    """Return Adam's direction (Kingma and Ba, 2015, algorithm 1), updating its two running moments in place.
+
+    Args:
+        gradient: of any shape, as ``first`` and ``second``.
+        first: running mean of the gradient.
+        second: running mean of its square.
+        step: number of this step, from 1.
+        betas: decays of the two.
+
+    >>> adam(torch.tensor([3.0, -0.5]), torch.zeros(2), torch.zeros(2), 1)
+    tensor([ 1., -1.])
+    """
+    first.lerp_(gradient, 1 - betas[0])
+    second.lerp_(gradient.square(), 1 - betas[1])
+    scale = (second / (1 - betas[1] ** step)).sqrt().clamp_min(1e-12)
+    return first / (1 - betas[0] ** step) / scale

@@ -13,41 +13,25 @@ final policy is read by exact allocation over the gains measured while each β w
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitwright.driver import Proposal, SearchMethod, Trial
-from bitwright.errors import RecipeError, TrainingError, nearest
+from bitwright.driver import Proposal, Trial
+from bitwright.errors import RecipeError
 from bitwright.policy import Policy
 from bitwright.problem import Problem
-from bitwright.quant.convert import calibration_images
-from bitwright.quant.functional import UNTOUCHED
-from bitwright.quant.gates import Gate, GatedActivation, GatedWeight, LayerGates, WeightForm, switchable
-from bitwright.quant.modules import QuantLayer, named_quant_layers
 from bitwright.relaxation import Decisions, Granularity, logistic
-from bitwright.training.finetune import (
-    FinetuneOptions,
-    build_loss,
-    build_optimizer,
-    draw_batch,
-    first_bad_layer,
-    learning_rate,
-    set_memory_order,
-    steps_in,
-)
+from bitwright.supernet import Supernet, SupernetMethod, SupernetState, tighten
 
 CHOICES = {
     "gate": ("stochastic", "interpolation", "soft"),
     "qer": ("descent", "expected", "budget"),
     "granularity": ("layer", "block", "net"),
     "final": ("allocate", "round"),
-    "quantizer": ("lsq", "entropy", "dorefa"),
-    "precision": ("float32", "bfloat16"),
 }
 LEAST, MOST = 1e-4, 1 - 1e-4
 REFRESH = 50
@@ -62,8 +46,12 @@ NOISE = 3.0
 """A mean gradient within so many of its standard errors of zero moves β less than the regularizer does."""
 
 
+def _empty() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass
-class State:
+class State(SupernetState):
     """All that the search holds; see `SearchMethod`.
 
     ``beta``, ``errors``: ``[row, candidate]``; ``level``: the candidate that each row steps down from; ``strength``: of the
@@ -72,33 +60,23 @@ class State:
     lower or upper drawn]``.
     """
 
-    step: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    beta: Tensor
-    level: Tensor
-    strength: Tensor
-    errors: Tensor
-    gains: Tensor
-    draws: Tensor
-    slope: Tensor
-    power: Tensor
-    stay: Tensor
-    start_cost: Tensor
-    loss: float = math.nan
-
-    def __post_init__(self) -> None:
-        self.engine: _Engine | None = None
+    beta: Tensor = field(default_factory=_empty)
+    level: Tensor = field(default_factory=_empty)
+    strength: Tensor = field(default_factory=_empty)
+    errors: Tensor = field(default_factory=_empty)
+    gains: Tensor = field(default_factory=_empty)
+    draws: Tensor = field(default_factory=_empty)
+    slope: Tensor = field(default_factory=_empty)
+    power: Tensor = field(default_factory=_empty)
+    stay: Tensor = field(default_factory=_empty)
+    start_cost: Tensor = field(default_factory=_empty)
 
 
 @dataclass(frozen=True)
-class SDQ(SearchMethod[State]):
-    """Options of SDQ's first phase.
+class SDQ(SupernetMethod[State]):
+    """Options of SDQ's first phase; those of the weights' training are `SupernetMethod`'s.
 
     Attributes:
-        epochs: passes over the fit split.
-        max_steps: stop after so many steps, where given.
-        batch_size: images a step.
         gate: ``stochastic`` draws one of two adjacent widths (SDQ); ``interpolation`` mixes them by β (FracBits, the control
             that the paper argues against); ``soft`` mixes them by a Gumbel-softmax sample.
         qer: the regularizer: ``descent`` weighs a layer's expected cost by the inverse of the relative error that its next step
@@ -111,20 +89,8 @@ class SDQ(SearchMethod[State]):
         speed: how fast β moves: 1 would walk from the top to the bottom of its row in the planned part of the search.
         descent: share of the search in which the expected cost is planned to reach the budget.
         final: how the policy is read: ``allocate`` (exact, over measured gains) or ``round`` (β at least one half stays).
-        quantizer: of weights: ``lsq`` (a learned step size per width), ``entropy`` or ``dorefa``.
-        lr: learning rate of the weights, along a cosine.
-        momentum: of the weights.
-        weight_decay: of the weights.
-        precision: ``float32`` or ``bfloat16``.
-        compile: compile the step.
-        channels_last: memory order of images and weights.
     """
 
-    ranking: ClassVar[Literal["loss", "last"]] = "last"
-
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 128
     gate: Literal["stochastic", "interpolation", "soft"] = "stochastic"
     qer: Literal["descent", "expected", "budget"] = "descent"
     qer_weight: float = 1.0
@@ -135,86 +101,65 @@ class SDQ(SearchMethod[State]):
     speed: float = 2.0
     descent: float = 0.8
     final: Literal["allocate", "round"] = "allocate"
-    quantizer: WeightForm = "lsq"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    channels_last: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise RecipeError(f"sdq: {name}='{getattr(self, name)}' is unknown; {nearest(str(getattr(self, name)), known)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise RecipeError(f"sdq: max_steps={self.max_steps}; give at least 1, or leave it out")
+        super().__post_init__()
+        self.check_known(CHOICES)
         if not 0 < self.threshold < self.beta < 1:
             raise RecipeError(f"sdq: needs 0 < threshold < beta < 1, got threshold={self.threshold}, beta={self.beta}; try 0.1 and 0.99")
-        if min(self.epochs, self.temperature, self.speed, self.lr, self.batch_size) <= 0 or not 0 < self.descent <= 1:
-            raise RecipeError("sdq: epochs, temperature, speed, lr and batch_size must be above 0, and descent in (0, 1]")
+        if min(self.temperature, self.speed) <= 0 or not 0 < self.descent <= 1:
+            raise RecipeError("sdq: temperature and speed must be above 0, and descent in (0, 1]")
 
     def start(self, problem: Problem) -> State:
         """Return every row at its widest candidate, and the network as it is."""
-        engine = _Engine(self, problem)
-        decisions = engine.decisions
+        net = self._net(problem)
+        decisions = net.decisions
         shape = (len(decisions.rows), decisions.widest)
         level = torch.tensor([len(row.widths) - 1 for row in decisions.rows])
         beta = torch.full(shape, self.beta, dtype=torch.float64)
         beta[:, 0] = 1.0
-        twice = torch.zeros(*shape, 2, dtype=torch.float64)
-        costs = decisions.expected_costs(probabilities(beta, level))
-        strength = torch.zeros(len(problem.budgets), dtype=torch.float64)
+        gains, draws = torch.zeros(2, *shape, 2, dtype=torch.float64).unbind()
         slope, power, stay = torch.zeros(3, len(level), dtype=torch.float64).unbind()
-        state = State(0, {}, {}, beta, level, strength, engine.errors(), twice, twice.clone(), slope, power, stay, costs)
-        engine.attach(state, fresh=True)
+        state = State(
+            beta=beta,
+            level=level,
+            strength=torch.zeros(len(problem.budgets), dtype=torch.float64),
+            errors=net.errors(),
+            gains=gains.clone(),
+            draws=draws.clone(),
+            slope=slope.clone(),
+            power=power.clone(),
+            stay=stay.clone(),
+            start_cost=decisions.expected_costs(probabilities(beta, level)),
+        )
+        net.attach(state, fresh=True)
         return state
+
+    def _net(self, problem: Problem) -> Supernet:
+        return Supernet(self, problem, Decisions(problem, self.granularity), slots=2)
 
     def step(self, problem: Problem, state: State, told: Trial | None) -> tuple[State, Proposal | None]:
         """Draw widths, train the weights on one batch, and move every β."""
-        if state.engine is None:
-            _Engine(self, problem).attach(state, fresh=False)
-        engine = state.engine
-        assert engine is not None
-        noise = logistic(len(engine.decisions.rows))
+        if state.net is None:
+            self._net(problem).attach(state, fresh=False)
+        net = state.net
+        assert net is not None
+        noise = logistic(len(net.decisions.rows))
         beta = at_level(state.beta, state.level).clamp(LEAST, MOST).requires_grad_()
         gates = self.gates(beta, state.level, noise)
-        engine.set_gates(gates.detach(), state.level)
-        state.loss = engine.train(state.step)
-        grads = engine.gate_gradients()
+        net.set_gates(gates.detach(), torch.stack([state.level, (state.level - 1).clamp_min(0)], 1))
+        state.loss = net.train(state.step)
+        grads = net.gate_gradients()
         self._measure(state, gates.detach(), grads)
         gates.backward(grads)  # type: ignore[no-untyped-call]
         assert beta.grad is not None
-        self._move(engine, state, beta.grad)
+        self._move(net, state, beta.grad)
         state.step += 1
-        state.optimizer = engine.optimizer.state_dict()
+        state.optimizer = net.optimizer.state_dict()
         if state.step % REFRESH == 0:
-            state.errors = engine.errors()
+            state.errors = net.errors()
         last = self.done(problem, state)
-        return state, self._proposal(engine, state, last=last) if last or state.step % REFRESH == 0 else None
-
-    def done(self, problem: Problem, state: State) -> bool:
-        """Say whether all steps are taken."""
-        return state.step >= self.steps(problem)
-
-    def steps(self, problem: Problem) -> int:
-        """Return the number of steps of the whole search."""
-        total = max(1, round(self.epochs * max(1, len(problem.data.fit) // self.batch_size)))
-        return total if self.max_steps is None else min(total, self.max_steps)
-
-    def training(self) -> FinetuneOptions:
-        """Return the options of the weights' training."""
-        return FinetuneOptions(
-            epochs=math.ceil(self.epochs),
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            low_bit_decay=False,
-            precision=self.precision,
-            compile=self.compile,
-            channels_last=self.channels_last,
-        )
+        return state, self._proposal(net, state, last=last) if last or state.step % REFRESH == 0 else None
 
     def gates(self, beta: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         r"""Return the weights of the upper and lower width of each row, ``[row, 2]``, differentiable in β.
@@ -242,9 +187,9 @@ class SDQ(SearchMethod[State]):
             state.gains[rows, state.level, side] += share * gain[:, 0]
             state.draws[rows, state.level, side] += share
 
-    def _move(self, engine: _Engine, state: State, slope: Tensor) -> None:
+    def _move(self, net: Supernet, state: State, slope: Tensor) -> None:
         """Move every β against the loss and the regularizer; step down where β is under its threshold."""
-        decisions = engine.decisions
+        decisions = net.decisions
         costs, shares = cost_shares(decisions, state.beta, state.level)
         free = state.level > 0
         state.stay += 1
@@ -255,10 +200,10 @@ class SDQ(SearchMethod[State]):
         if state.step == 0:
             typical = (slope.abs() / shares.sum(0).clamp_min(1e-12))[free]
             state.strength.fill_(float(typical.median()) if len(typical) else 1.0)
-        behind = self._control(engine, state, costs)
+        behind = tighten(state.strength, costs, state.start_cost, (state.step + 1) / (self.descent * self.steps(net.problem)))
         pressure = torch.maximum((state.strength[:, None] * shares).sum(0), noise).clamp_min(1e-30)
         drift = (1 + behind) * self._weight_of_errors(state) + (state.slope / pressure).clamp(-RATIO, RATIO)
-        planned = max(1.0, self.descent * self.steps(engine.problem))
+        planned = max(1.0, self.descent * self.steps(net.problem))
         pace = self.speed * self.beta * torch.tensor([len(row.widths) - 1.0 for row in decisions.rows]) / planned
         moved = (at_level(state.beta, state.level) - pace * drift).clamp(LEAST, MOST)
         moved = torch.where(free, moved, 1.0)
@@ -281,20 +226,9 @@ class SDQ(SearchMethod[State]):
         weight = 1 / (lower / lower[free].mean().clamp_min(1e-12) + 0.1)
         return (weight / weight[free].mean()).clamp_max(RATIO)
 
-    def _control(self, engine: _Engine, state: State, costs: Tensor) -> float:
-        """Strengthen the regularizer where an expected cost is behind its planned descent; return how far, in [-1, 1].
-
-        The plan is a straight line in the logarithm of the cost, so that the low widths, which matter, get more steps.
-        """
-        progress = min(1.0, (state.step + 1) / (self.descent * self.steps(engine.problem)))
-        plan = state.start_cost.clamp_min(1.0) ** (1 - progress)
-        behind = ((costs / plan).log() / 0.05).clamp(-1, 1)
-        state.strength *= torch.exp(0.1 * behind.clamp_min(-0.2))
-        return float(behind.max())
-
-    def _proposal(self, engine: _Engine, state: State, *, last: bool) -> Proposal:
+    def _proposal(self, net: Supernet, state: State, *, last: bool) -> Proposal:
         """Return the policy that the search stands at."""
-        decisions = engine.decisions
+        decisions = net.decisions
         index = rounded(state.beta, state.level)
         policy = decisions.policy(index)
         if last and self.final == "allocate":
@@ -387,104 +321,3 @@ def _alarm_text(note: dict[str, float], rows: int) -> str:
         return f"sdq: {note['stuck_share']:.0%} of {rows} bit-widths did not move; search longer, or raise speed, or tighten the budget"
     fell = f"{note['lowest_share']:.0%} of {rows} bit-widths fell to the lowest candidate"
     return f"sdq: {fell}; the budget leaves no choice, or speed is too high"
-
-
-class _Engine:
-    """The live network of a search; it holds no state of its own: its tensors are those of the `State` it is attached to."""
-
-    def __init__(self, method: SDQ, problem: Problem):
-        self.method, self.problem = method, problem
-        self.decisions = Decisions(problem, method.granularity)
-        self.device = next(problem.model.parameters()).device
-        self.row_gates = [self._gate(row.widths) for row in self.decisions.rows]
-        images = calibration_images(problem.data.fit)
-        assert images is not None
-        self.images = images.to(self.device)
-        gates = {layer: self._layer_gates(name) for name in problem.choices for layer in problem.trace[name].layers}
-        self.network = switchable(problem.model, gates, self.images, form=method.quantizer)
-        set_memory_order(self.network.train(), channels_last=method.channels_last)
-        self.options = method.training()
-        self.optimizer = build_optimizer(self.network, self.options, without=[gate.weights for gate in self.row_gates if gate is not None])
-        self.loss_of = build_loss(self.network, None, self.options)
-
-    def _gate(self, widths: tuple[int, ...]) -> Gate | None:
-        """Return the gate of a row between its two widest candidates, or None for a row without a choice."""
-        if len(widths) == 1:
-            return None
-        gate = Gate.at([widths[-1], widths[-2]], [1.0, 0.0])
-        return Gate(gate.widths.to(self.device), nn.Parameter(gate.weights.data.to(self.device)))
-
-    def _layer_gates(self, site: str) -> LayerGates:
-        both = [self.row_gates[r] or self.decisions.rows[r].widths[0] for r in self.decisions.of_site[site]]
-        return LayerGates(*both)
-
-    def attach(self, state: State, *, fresh: bool) -> None:
-        """Make the tensors of the network those of a state; a fresh state takes the network's."""
-        if not fresh:
-            self.network.load_state_dict(state.weights)
-            self.optimizer.load_state_dict(state.optimizer)
-        state.weights = dict(self.network.state_dict())
-        state.optimizer = self.optimizer.state_dict()
-        state.engine = self
-
-    def set_gates(self, gates: Tensor, level: Tensor) -> None:
-        """Write widths and weights of every gate in place."""
-        for row, gate, weights, place in zip(self.decisions.rows, self.row_gates, gates.float(), level.tolist(), strict=True):
-            if gate is not None:
-                gate.widths.copy_(torch.tensor([row.widths[place], row.widths[max(0, place - 1)]]))
-                gate.weights.data.copy_(weights)
-                gate.weights.grad = None
-
-    def train(self, step: int) -> float:
-        """Take one optimizer step of the weights, leave the gradient in the gates, and return the loss."""
-        method, data = self.method, self.problem.data.fit
-        epoch_steps, _ = steps_in(data, self.options)
-        x, y = draw_batch(data, step, epoch_steps, method.batch_size, self.problem.seed)
-        if method.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        rate = learning_rate(self.options, step, method.steps(self.problem), epoch_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
-        loss = self.loss_of(x.to(self.device), y.to(self.device), torch.zeros((), device=self.device))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            where = first_bad_layer(self.network, x.to(self.device))
-            seen = f"the loss is {value} at step {step}, first seen in {where}"
-            raise TrainingError(f"sdq: {seen}; lower lr (now {method.lr}) or check the data")
-        self.problem.spend(len(x), backward=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return value
-
-    def gate_gradients(self) -> Tensor:
-        """Return the gradient of the loss in every gate, float64 ``[row, 2]``."""
-        zero = torch.zeros(2)
-        grads = [zero if gate is None or gate.weights.grad is None else gate.weights.grad.cpu() for gate in self.row_gates]
-        return torch.stack(grads).double()
-
-    def errors(self) -> Tensor:
-        """Return the relative quantization error of every candidate, float64 ``[row, candidate]``: of weights as they are now,
-        of inputs on the calibration images.
-        """
-        errors = torch.zeros(len(self.decisions.rows), self.decisions.widest, dtype=torch.float64)
-        layers = dict(named_quant_layers(self.network))
-        for r in self.decisions.free:
-            row = self.decisions.rows[r]
-            members = [layers[layer] for site in row.sites for layer in self.problem.trace[site].layers]
-            for i, width in enumerate(row.widths):
-                errors[r, i] = sum(_relative_error(member, row.kind, width, self.device) for member in members) / len(members)
-        return errors
-
-
-def _relative_error(layer: QuantLayer, kind: str, width: int, device: torch.device) -> float:
-    """Return the relative squared error of a width; of inputs, as it was on the calibration images."""
-    bits = torch.tensor(width, device=device)
-    with torch.no_grad():
-        if kind == "w":
-            quantizer, value = layer.weight_quantizer, layer.weight
-            assert isinstance(quantizer, GatedWeight)
-            return float((quantizer.at_width(value, bits) - value).square().sum() / value.square().sum().clamp_min(1e-12))
-        inputs = layer.input_quantizer
-        assert isinstance(inputs, GatedActivation)
-        return 0.0 if width >= UNTOUCHED else float(inputs.error[width - 1])

@@ -1,0 +1,37 @@
+r"""EdMIPS: a softmax over all widths of every layer, learned with the weights (Cai and Vasconcelos, CVPR 2020).
+
+*Published.* Every layer computes one convolution of a composite weight :math:`\sum_k \pi^w_k Q_{b_k}(w)` with a composite
+activation :math:`\sum_k \pi^a_k Q_{b_k}(x)`, where :math:`\pi = \mathrm{softmax}(\alpha)`. Weights and α are trained in the same
+steps on the loss plus a penalty on the expected bit operations; the policy is the argmax of every α.
+
+Differs: the paper weighs the penalty by a constant chosen by hand for each network. Here its weight follows a planned descent of
+the expected cost to the budget (`bitwright.supernet.tighten`), any cost can be a budget, α is moved by Adam (so that a short
+search need not guess the scale of the loss), and by default the policy is the most probable one within the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitwright.methods._softmax import SoftmaxMethod, SoftmaxState
+from bitwright.problem import Problem
+from bitwright.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class EdMIPS(SoftmaxMethod[SoftmaxState]):
+    """Options of EdMIPS: those of `SoftmaxMethod` and of the weights' training, `SupernetMethod`."""
+
+    def start(self, problem: Problem) -> SoftmaxState:
+        """Return all widths of a row equally probable, and the network as it is."""
+        return self.prepared(problem, SoftmaxState())
+
+    def gates(self, state: SoftmaxState, probabilities: Tensor) -> Tensor:
+        """Return the composite: every width by its probability."""
+        return probabilities
+
+    def values(self, net: Supernet, state: SoftmaxState, probabilities: Tensor) -> Tensor:
+        """Return minus the logarithm of every probability: the least sum is the most probable policy."""
+        return -probabilities.clamp_min(1e-12).log()
