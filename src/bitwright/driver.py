@@ -4,7 +4,7 @@ The driver checks the budgets, repairs what breaks them, asks the loss, writes o
 front and saves the method's state, so every method can be stopped, killed and resumed bit for bit with no code of its own.
 
 Files in ``out``: ``search.jsonl`` (line 0 is the uniform point, then one line per proposal), ``checkpoint/search-*.safetensors``
-(the two latest states) and, at the end, ``policy.json``.
+(the two latest states) and, at the end, ``policy.json`` and what the method leaves beside it (`SearchMethod.files`).
 """
 
 from __future__ import annotations
@@ -147,6 +147,10 @@ class SearchMethod(ABC, Generic[S]):
     @abstractmethod
     def done(self, problem: Problem, state: S) -> bool:
         """Say whether the search is over; asked after every step."""
+
+    def files(self, problem: Problem, state: S) -> Mapping[str, str]:
+        """Return texts worth keeping, by file name: a finished search leaves them in its directory beside the policy."""
+        return {}
 
 
 def search(
@@ -353,6 +357,8 @@ class _Session:
             winner = self.uniform
         if self.out is not None:
             runs.write_text_atomic(self.out / "policy.json", winner.policy.to_json() + "\n")
+            for name, text in self.method.files(self.problem, self.state).items() if status == "done" else ():
+                runs.write_text_atomic(self.out / name, text)
         front = pareto_front(self.history)
         spent = (self.steps, self.elapsed(), self.sample_passes())
         return Result(winner.policy, winner.loss, winner.costs, tuple(self.history), front, self.uniform, status, *spent)
@@ -481,17 +487,8 @@ def _load(out: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
     differing = [part for part in ("method", "options", "problem") if saved.get("fingerprint", {}).get(part) != fingerprint[part]]
     if differing:
         was, now = saved.get("fingerprint", {}).get(differing[0]), fingerprint[differing[0]]
-        raise RunError(f"{out}: holds a search with another {_difference(differing[0], was, now)}; give another --out, or restore that")
+        raise RunError(f"{out}: holds a search with another {runs.difference(differing[0], was, now)}; give another --out, or restore that")
     return saved
-
-
-def _difference(part: str, was: object, now: object) -> str:
-    """Name the first thing that differs, as deep as it has a name."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        key = next(key for key in [*was, *now] if was.get(key) != now.get(key))
-        return _difference(f"{part}.{key}", was.get(key), now.get(key))
-    shown = f" (was {json.dumps(was)}, now {json.dumps(now)})"
-    return part + (shown if len(shown) < 200 else "")
 
 
 def _map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:

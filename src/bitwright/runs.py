@@ -232,6 +232,19 @@ def fingerprint(recipe: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def difference(part: str, was: object, now: object) -> str:
+    """Name the first thing in which two fingerprints differ, as deep as it has a name.
+
+    >>> difference("options", {"lr": 1, "steps": 5}, {"lr": 1, "steps": 6})
+    'options.steps (was 5, now 6)'
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in [*was, *now] if was.get(key) != now.get(key))
+        return difference(f"{part}.{key}", was.get(key), now.get(key))
+    shown = f" (was {json.dumps(was)}, now {json.dumps(now)})"
+    return part + (shown if len(shown) < 200 else "")
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on: python, torch, bitwright."""
     try:

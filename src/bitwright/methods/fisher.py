@@ -18,43 +18,25 @@ Kunstner et al., 2019, on its flaws) that does not hold, and every sample gets a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.allocation import allocate
-from bitwright.driver import Proposal, SearchMethod, Trial
 from bitwright.errors import RecipeError, TrainingError
-from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem
-from bitwright.quant import QuantLayer, quantize
-from bitwright.quant.functional import UNTOUCHED
-from bitwright.quant.functional_calls import ProductCall
-from bitwright.quant.modules import call_address
-
-if TYPE_CHECKING:
-    from bitwright.sites import Site
+from bitwright.quant.bench import Bench, Place, Probe
+from bitwright.sensitivity import ScoredMethod
 
 CALIBRATION = 256
 """Fit images whose activations set the step sizes of activation quantizers."""
-OPERANDS = (("input_quantizer",), ("left_quantizer", "right_quantizer"))
-"""Where a layer, and where a product of two activations, keeps the quantizers of its operands."""
 Block = Literal["weight", "kernel", "channel", "layer"]
 
 
-@dataclass
-class State:
-    """The scores: per site one number per choice."""
-
-    scores: dict[str, Tensor] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
-class Fisher(SearchMethod[State]):
+class Fisher(ScoredMethod):
     """Score every choice by the Fisher information of the float network, and allocate exactly.
 
     Attributes:
@@ -65,8 +47,6 @@ class Fisher(SearchMethod[State]):
         labels: ``model`` draws them from the network's own output; ``given`` takes the data's.
     """
 
-    ranking: ClassVar[Literal["loss", "last"]] = "loss"
-
     samples: int = 512
     group: int = 8
     block: Block = "kernel"
@@ -76,46 +56,18 @@ class Fisher(SearchMethod[State]):
         if self.samples < 1 or self.group < 1:
             raise RecipeError(f"fisher: samples={self.samples}, group={self.group}; give at least 1 of each")
 
-    def start(self, problem: Problem) -> State:
-        """Return the state before any score."""
-        return State()
-
-    def step(self, problem: Problem, state: State, told: Trial | None) -> tuple[State, Proposal | None]:
-        """Score every choice and propose the policy of least total score within the budgets."""
-        scores = fisher_scores(problem, self)
-        policy = problem.policy(allocate([scores[site.name].numpy() for site in problem.sites], problem.terms, problem.limits))
-        return State(scores), Proposal(policy)
-
-    def done(self, problem: Problem, state: State) -> bool:
-        """Say whether the proposal was made."""
-        return bool(state.scores)
-
-
-class _Probe(nn.Module):
-    """Adds zeros to an operand: their gradient is that of the operand as this layer alone reads it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the operand, and note it."""
-        zeros = torch.zeros_like(x, requires_grad=True)
-        self.seen.append((x.detach(), zeros))
-        return x + zeros
+    def scores(self, problem: Problem) -> dict[str, Tensor]:
+        """Return the estimated increase of the KL divergence by every choice."""
+        return fisher_scores(problem, self)
 
 
 @dataclass
 class _Layer:
     """One layer or functional call that is scored: what each width changes, and the sums so far (kind and width to value)."""
 
-    site: str
-    module: nn.Module
-    weight: nn.Parameter | None
-    channel_axis: int
-    errors: dict[int, Tensor] = field(default_factory=dict)
-    probes: list[_Probe] = field(default_factory=list)
-    quantizers: list[dict[int, nn.Module]] = field(default_factory=list)
+    place: Place
+    errors: dict[int, Tensor]
+    probes: list[Probe] = field(default_factory=list)
     sums: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
@@ -134,7 +86,7 @@ def fisher_scores(problem: Problem, options: Fisher | None = None) -> dict[str, 
         return scores
     generator = torch.Generator().manual_seed(problem.seed)
     order = torch.randperm(len(problem.data.fit), generator=generator)
-    network, layers = _probed(problem, free, problem.data.fit.batch(order[:CALIBRATION])[0])
+    network, layers = _probed(problem, problem.data.fit.batch(order[:CALIBRATION])[0])
     order = order[: options.samples]
     for index in torch.split(order, 1 if options.labels == "given" else options.group):
         x, y = problem.data.fit.batch(index)
@@ -144,8 +96,9 @@ def fisher_scores(problem: Problem, options: Fisher | None = None) -> dict[str, 
         problem.spend(len(x), backward=True)
         _add(layers, functional.cross_entropy(logits, y.to(logits.device), reduction="sum"), options.block)
     for layer in layers:
-        for j, bits in enumerate(problem.choices[layer.site]):
-            scores[layer.site][j] += (layer.sums.get(("w", bits.w), 0.0) + layer.sums.get(("a", bits.a), 0.0)) / (2 * len(order))
+        name = layer.place.site.name
+        for j, bits in enumerate(problem.choices[name]):
+            scores[name][j] += (layer.sums.get(("w", bits.w), 0.0) + layer.sums.get(("a", bits.a), 0.0)) / (2 * len(order))
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
             raise TrainingError(f"fisher: the gradients at site '{name}' are not finite; look for overflow in the network")
@@ -156,68 +109,37 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _probed(problem: Problem, free: Sequence[Site], images: Tensor) -> tuple[nn.Module, list[_Layer]]:
-    """Return a float copy of the network with probes at the operands, and its layers with the errors of every width."""
-    images = images.to(_device(problem.model))
-    # A product has a place for probes only where it is quantized; they take the place of its quantizers.
-    float_bits = {site.name: Bits(1, 1) if site.operands == 2 else Bits(32, 32) for site in free}
-    network, modules = _shells(problem, float_bits, free, images)
-    network.eval().requires_grad_()
-    axes = {site.name: site.channel_axis for site in free}
-    layers = {at: _Layer(site, module, _weight(module), axes[site]) for at, (site, module) in modules.items()}
-    for width in sorted({bits.w for site in free for bits in problem.choices[site.name]}):
-        for at, (_, module) in _shells(problem, {site.name: Bits(width, 32) for site in free}, free, images)[1].items():
-            if isinstance(module, QuantLayer):
-                layers[at].errors[width] = (module.quantized_weight() - module.weight).detach()
-    inputs = sorted({bits.a for site in free for bits in problem.choices[site.name]})
-    if len(inputs) > 1:  # with one width there is nothing to compare
-        _place_probes(problem, free, images, layers, [width for width in inputs if width < UNTOUCHED])
-    return network, list(layers.values())
-
-
-def _place_probes(problem: Problem, free: Sequence[Site], images: Tensor, layers: dict[str, _Layer], widths: list[int]) -> None:
-    """Put a probe at every operand, and note the quantizers of every width that could stand there."""
-    for layer in layers.values():
-        for slot in OPERANDS[type(layer.module) is ProductCall]:
-            layer.probes.append(_Probe())
-            layer.quantizers.append({})
-            setattr(layer.module, slot, layer.probes[-1])
-    for width in widths:
-        for at, (_, module) in _shells(problem, {site.name: Bits(32, width) for site in free}, free, images)[1].items():
-            for slot, quantizers in zip(OPERANDS[type(module) is ProductCall], layers[at].quantizers, strict=True):
-                quantizers[width] = getattr(module, slot)
-
-
-def _shells(
-    problem: Problem, policy: dict[str, Bits], free: Sequence[Site], images: Tensor
-) -> tuple[nn.Module, dict[str, tuple[str, nn.Module]]]:
-    """Return a quantized copy, and by address the site and the module that quantizes there."""
-    quantized = quantize(problem.model, Policy(policy), calibration=images, sites=free)
-    owner = {address: site.name for site in free for address in site.layers}
-    found = {call_address(path): module for path, module in quantized.named_modules() if isinstance(module, (QuantLayer, ProductCall))}
-    return quantized, {at: (owner[at], module) for at, module in found.items() if at in owner}
-
-
-def _weight(module: nn.Module) -> nn.Parameter | None:
-    return module.weight if isinstance(module, QuantLayer) else None
+def _probed(problem: Problem, images: Tensor) -> tuple[nn.Module, list[_Layer]]:
+    """Return a float copy of the network with probes at the operands, and its layers with the errors of every weight width."""
+    free = [site for site in problem.sites if site.name not in problem.pins]
+    offered = [bits for site in free for bits in problem.choices[site.name]]
+    weights, inputs = sorted({bits.w for bits in offered}), sorted({bits.a for bits in offered})
+    compared = inputs if len(inputs) > 1 else ()  # with one width there is nothing to compare
+    bench = Bench(problem.model, free, images.to(_device(problem.model)), weights=weights, inputs=compared)
+    problem.spend(bench.passes)
+    layers = []
+    for place in bench.places.values():
+        errors = {width: place.weight_error(width) for width in weights} if place.weight is not None else {}
+        layers.append(_Layer(place, errors, place.probes() if compared else []))
+    return bench.network.requires_grad_(), layers
 
 
 def _add(layers: list[_Layer], loss: Tensor, block: Block) -> None:
     """Add the squared effects of one backward pass to every layer's sums."""
-    weights = {id(layer.weight): layer.weight for layer in layers if layer.weight is not None}
+    weights = {id(layer.place.weight): layer.place.weight for layer in layers if layer.place.weight is not None}
     zeros = [zero for layer in layers for probe in layer.probes for _, zero in probe.seen]
     gradients = iter(torch.autograd.grad(loss, [*weights.values(), *zeros], allow_unused=True))
     by_weight = dict(zip(weights, gradients, strict=False))
     for layer in layers:
-        gradient = by_weight.pop(id(layer.weight), None)  # popped: a weight that two layers share counts once
+        gradient = by_weight.pop(id(layer.place.weight), None)  # popped: a weight that two layers share counts once
         if gradient is not None:
             for width, error in layer.errors.items():
-                _accumulate(layer, ("w", width), _blocks(gradient * error, block, layer.channel_axis))
-        for probe, quantizers in zip(layer.probes, layer.quantizers, strict=False):
+                _accumulate(layer, ("w", width), _blocks(gradient * error, block, layer.place.site.channel_axis))
+        for k, probe in enumerate(layer.probes):
             for x, _ in probe.seen:
                 gradient = next(gradients)
-                for width, quantizer in quantizers.items() if gradient is not None else ():
-                    _accumulate(layer, ("a", width), gradient * (quantizer(x) - x).detach())
+                for width, quantizers in layer.place.inputs.items() if gradient is not None else ():
+                    _accumulate(layer, ("a", width), gradient * (quantizers[k](x) - x).detach())
             probe.seen.clear()
 
 

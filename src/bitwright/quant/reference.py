@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from bitwright.sites import Site
 
 IMAGES = 512
-"""Images of the selection split that the loss looks at, and of the fit split that calibrate it."""
+"""Images of the selection split that the loss looks at."""
 CHUNK = 256
+"""Images that pass through a network at once, and images of the fit split that calibrate the quantizers."""
 
 
 def divergence(reference: Tensor, quantized: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class ReferenceLoss:
         calibration: split of other images for step sizes and BatchNorm.
         sites: the trace's sites.
         seed: chooses which images of the two splits.
+        count: images of the selection split that the loss looks at.
         spend: told how many images each evaluation passes through a network.
     """
 
@@ -62,12 +64,13 @@ class ReferenceLoss:
         sites: Sequence[Site],
         seed: int = 0,
         *,
+        count: int = IMAGES,
         spend: Callable[[int], None] = lambda images: None,
     ):
         generator = torch.Generator().manual_seed(seed)
         self.model = copy.deepcopy(model).eval()
         self.sites, self.spend = sites, spend
-        self.images = selection.batch(torch.randperm(len(selection), generator=generator)[:IMAGES], None)[0]
+        self.images = selection.batch(torch.randperm(len(selection), generator=generator)[:count], None)[0]
         self.calibration = calibration.batch(torch.randperm(len(calibration), generator=generator)[:CHUNK], None)[0]
         self.outputs = self._outputs(self.model)
         self.statistics = collect(self.model, self.calibration)
