@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -11,6 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bitwright import runs
@@ -18,10 +18,11 @@ from bitwright.driver import SearchMethod, search
 from bitwright.errors import BudgetError
 from bitwright.evaluation import Evaluation, evaluate, paired_difference
 from bitwright.job import Job
+from bitwright.measure import keep_correct, key_of, recall, row_of, trained
 from bitwright.methods import get_method
 from bitwright.policy import Policy
 from bitwright.recipe import BaselinesSection, make_options
-from bitwright.training import FinetuneOptions, finetune
+from bitwright.training import FinetuneOptions
 
 ROWS = "baselines.jsonl"
 COLUMNS = (
@@ -118,17 +119,17 @@ def _options(job: Job, section: BaselinesSection) -> dict[str, Any] | None:
 def _row(job: Job, section: BaselinesSection, label: str, policy: Policy, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the row of one policy; a policy that another row already has is not trained again."""
     started = time.monotonic()
-    key = hashlib.sha256(policy.to_json().encode()).hexdigest()[:16]
+    key = key_of(policy)
     twin = next((row for row in earlier if row["key"] == key), None)
     own = job.recipe.search.method
     if twin is not None:
         measured = {name: twin[name] for name in ("top1", "top5", "n", "loss", "interval", "per_class")}
     else:
         evaluation = _measure(job, section, policy, key)
-        runs.save_tree(job.run.inside("baselines", f"{key}.safetensors"), {"correct": evaluation.correct})
+        keep_correct(_correct_file(job, key), evaluation)
         measured = evaluation.to_dict()
     row = {"policy": label, "key": key, "same_as": twin["policy"] if twin else None, "seed": job.recipe.seed}
-    row |= {"bits": {name: list(bits) for name, bits in policy.items()}, **job.describe(policy), **measured}
+    row |= row_of(job, policy, measured)
     reference = next((other for other in earlier if other["policy"] == own), None)
     paired = None if reference is None else _paired(job, reference, row)
     return {**row, "paired": paired, "seconds": round(time.monotonic() - started, 2)}
@@ -138,27 +139,22 @@ def _measure(job: Job, section: BaselinesSection, policy: Policy, key: str) -> E
     options = _options(job, section)
     if section.finetune is None and policy == job.policy:
         return evaluate(job.quantized, job.data.test)
-    model = job.quantize(policy)
-    if options is not None:
-        out = job.run.inside("baselines", key)
-        settings = make_options(FinetuneOptions, options, "baselines.finetune")
-        finetune(model, job.data.fit, settings, teacher=job.teacher, out=out, seed=job.recipe.seed)
-        evaluation = evaluate(model, job.data.test)
-        shutil.rmtree(out, ignore_errors=True)
-        return evaluation
-    return evaluate(model, job.data.test)
+    out = job.run.inside("baselines", key)
+    settings = None if options is None else make_options(FinetuneOptions, options, "baselines.finetune")
+    evaluation = evaluate(trained(job, policy, settings, out), job.data.test)
+    shutil.rmtree(out, ignore_errors=True)
+    return evaluation
 
 
 def _paired(job: Job, found: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Return the found policy's accuracy minus another's on the same test images, with its 95 % interval."""
-    result = paired_difference(_recorded(job, found), _recorded(job, other))
+    first, second = (recall(_correct_file(job, row["key"]), row) for row in (found, other))
+    result = paired_difference(first, second)
     return {"difference": result.difference, "interval": list(result.interval)}
 
 
-def _recorded(job: Job, row: Mapping[str, Any]) -> Evaluation:
-    correct = runs.load_tree(job.run.inside("baselines", f"{row['key']}.safetensors"))["correct"]
-    low, high = row["interval"]
-    return Evaluation(row["top1"], row["top5"], row["n"], row["loss"], (low, high), tuple(row["per_class"]), correct)
+def _correct_file(job: Job, key: str) -> Path:
+    return job.run.inside("baselines", f"{key}.safetensors")
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -123,19 +123,30 @@ class Job:
     @cached_property
     def budgets(self) -> tuple[Budget, ...]:
         """The recipe's budgets."""
+        return self.parse_budgets(self.recipe.search.budgets)
+
+    def parse_budgets(self, texts: Sequence[str]) -> tuple[Budget, ...]:
+        """Return budgets of this network; raises `BudgetError` for one that does not parse."""
         pins = {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
         extent = {"fixed_bytes": self.overhead, "float_bytes": 4 * self.trace.parameters}
-        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent) for text in self.recipe.search.budgets)
+        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent) for text in texts)
 
     @cached_property
     def problem(self) -> Problem:
         """The recipe's problem on the float network."""
         return self.problem_of(self.network)
 
-    def problem_of(self, model: nn.Module, seed: int | None = None, evaluate: Callable[[Policy], float] | None = None) -> Problem:
-        """Return the recipe's problem on a network with these sites."""
+    def problem_of(
+        self,
+        model: nn.Module,
+        seed: int | None = None,
+        evaluate: Callable[[Policy], float] | None = None,
+        budgets: Sequence[Budget] | None = None,
+    ) -> Problem:
+        """Return the recipe's problem on a network with these sites; seed and budgets are the recipe's where they are not given."""
         seed = self.recipe.seed if seed is None else seed
-        return Problem(model, self.trace, self.choices, self.budgets, self.data, seed=seed, evaluate=evaluate)
+        limits = self.budgets if budgets is None else budgets
+        return Problem(model, self.trace, self.choices, limits, self.data, seed=seed, evaluate=evaluate)
 
     @cached_property
     def policy(self) -> Policy:

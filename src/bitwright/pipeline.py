@@ -26,6 +26,7 @@ from bitwright.evaluation import evaluate
 from bitwright.exporters import export
 from bitwright.exporters.packed import load
 from bitwright.job import Job
+from bitwright.measure import found
 from bitwright.methods import get_method
 from bitwright.models import available, load_weights
 from bitwright.policy import Policy
@@ -79,7 +80,7 @@ def run_stages(job: Job, stages: Sequence[str] = (), *, again: bool = False) -> 
     """
     if again:
         reopen(job, stages)
-    with _threads(job.recipe.threads):
+    with threads(job.recipe.threads):
         _run_missing(job, stages)
     return summary(job)
 
@@ -102,7 +103,7 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Compute on so many threads for a while: a sum may round otherwise on another number, and small networks lose time on many."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
@@ -169,12 +170,9 @@ def search_stage(job: Job) -> dict[str, Any]:
     if result.status == "interrupted":
         raise KeyboardInterrupt
     uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}
-    facts = {"method": section.method, "status": result.status, "steps": result.steps, "loss": result.loss, "costs": list(result.costs)}
-    shown = [budget.describe(cost, problem.sites) for budget, cost in zip(problem.budgets, result.costs, strict=True)]
-    spent = {"seconds": result.seconds, "sample_passes": result.sample_passes}
-    record = {**facts, **spent, "budgets": shown, "uniform": uniform, **job.describe(result.policy)}
-    write_json(job, "search.json", record)
-    return facts
+    record = found(job, problem, section.method, result)
+    write_json(job, "search.json", {**record, "uniform": uniform})
+    return {name: record[name] for name in ("method", "status", "steps", "loss", "costs")}
 
 
 def finetune_stage(job: Job) -> dict[str, Any]:

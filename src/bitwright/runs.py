@@ -274,13 +274,14 @@ class Run:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | Path, recipe: Mapping[str, object], *, free: Iterable[str] = ()) -> Run:
+    def open(cls, path: str | Path, recipe: Mapping[str, object], *, free: Iterable[str] = (), shared: bool = False) -> Run:
         """Create a run directory, or continue the one that is there.
 
         Args:
             path: the directory; made if it is missing, and must be empty if it is not a run yet.
             recipe: everything that decides the result, as JSON-able values.
             free: dotted keys that may differ when the run is continued, such as the path of a file on this machine.
+            shared: other processes may be writing in it just now, so what looks half written is left alone.
 
         Raises:
             RunError: the directory holds something else, a damaged manifest, or the run of another recipe (the message
@@ -292,7 +293,7 @@ class Run:
             return cls._create(path, bound)
         run = cls.load(path)
         _check_same(path, run.manifest["recipe"], bound)
-        for partial in path.rglob(f".*{PARTIAL}"):  # left by a process that was killed while it wrote
+        for partial in () if shared else path.rglob(f".*{PARTIAL}"):  # left by a process that was killed while it wrote
             partial.unlink(missing_ok=True)
         return run
 
