@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from bitwright.report.charts import Bar, Dot, Line, bars, dots, heat, lines, number, width_class
 from bitwright.report.facts import Facts, Row, alarms, expected_bits, read_facts
+from bitwright.report.parts import cells, document, pairs, table, tile
 from bitwright.report.table import HEADINGS, accuracy_text, amount, bits_text, policy_rows, same_finetuning, size_text
-
-META = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
 
 HALF = 400
 """User units across a chart that shares its row with another."""
@@ -28,10 +26,7 @@ def render(run_dir: str | Path) -> str:
         RunError: the directory is no run, or a file in it is damaged.
     """
     facts = read_facts(run_dir)
-    style = (resources.files("bitwright") / "report" / "style.css").read_text("utf-8")
-    body = "".join(section(facts) for section in SECTIONS)
-    head = f"{META}<title>{escape(facts.name)} · bitwright</title>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head><body><main>{body}</main></body></html>\n'
+    return document(facts.name, "".join(section(facts) for section in SECTIONS))
 
 
 def _headline(facts: Facts) -> str:
@@ -47,21 +42,17 @@ def _tiles(facts: Facts) -> list[str]:
         change = 100 * (quantized["top1"] - original["top1"])
         style = "up" if change >= 0 else "down"
         note = f'<span class="{style}">{change:+.2f} points on float</span>'
-        tiles.append(_tile(f"{100 * quantized['top1']:.2f} %", "test accuracy", note))
-        tiles.append(_tile(f"{100 * original['top1']:.2f} %", "float network", f"<span>{quantized['n']:,} test images</span>"))
+        tiles.append(tile(f"{100 * quantized['top1']:.2f} %", "test accuracy", note))
+        tiles.append(tile(f"{100 * original['top1']:.2f} %", "float network", f"<span>{quantized['n']:,} test images</span>"))
     record = facts.evaluation.get("quantized") or facts.found
     if record:
         ratio = 32 / record["average_weight_bits"]
-        tiles.append(_tile(bits_text(record["average_weight_bits"]), "bits a weight", f"<span>{ratio:.1f}× fewer than float32</span>"))
-        tiles.append(_tile(bits_text(record["average_activation_bits"]), "bits an activation", "<span>weighted by count</span>"))
-        tiles.append(_tile(amount(record["bitops"]), "BitOps an image", "<span>MACs × w × a</span>"))
+        tiles.append(tile(bits_text(record["average_weight_bits"]), "bits a weight", f"<span>{ratio:.1f}× fewer than float32</span>"))
+        tiles.append(tile(bits_text(record["average_activation_bits"]), "bits an activation", "<span>weighted by count</span>"))
+        tiles.append(tile(amount(record["bitops"]), "BitOps an image", "<span>MACs × w × a</span>"))
     if facts.artefact:
-        tiles.append(_tile(size_text(facts.artefact["bytes"]), "packed file", "<span>checked bit for bit</span>"))
+        tiles.append(tile(size_text(facts.artefact["bytes"]), "packed file", "<span>checked bit for bit</span>"))
     return tiles
-
-
-def _tile(value: str, label: str, note: str) -> str:
-    return f'<div class="tile"><span>{escape(label)}</span><b>{escape(value)}</b>{note}</div>'
 
 
 def _alarms(facts: Facts) -> str:
@@ -91,8 +82,8 @@ def _policies(facts: Facts) -> str:
 
 
 def _policy_table(rows: Sequence[Any]) -> str:
-    lines_ = [f'<tr class="{"chosen" if row.chosen else ""}">{_cells(row.cells)}</tr>' for row in rows]
-    return _table(HEADINGS, lines_)
+    lines_ = [f'<tr class="{"chosen" if row.chosen else ""}">{cells(row.cells)}</tr>' for row in rows]
+    return table(HEADINGS, lines_)
 
 
 def _verdict(facts: Facts) -> str:
@@ -137,8 +128,8 @@ def _site_bar(facts: Facts, site: Row, total: int) -> Bar:
 def _trajectory(facts: Facts) -> str:
     steps, paths = expected_bits(facts)
     if not steps:
-        table = _search_table(facts)
-        return f"<section><h2>Search</h2>{table}</section>" if table else ""
+        shown = _search_table(facts)
+        return f"<section><h2>Search</h2>{shown}</section>" if shown else ""
     chart = heat(paths, steps, x_label="step", title="expected bits of each site over the search")
     cost = "".join(_cost_chart(facts, k) for k in range(len(facts.budgets)))
     note = "Each row is a free site; its colour is the expected weight width, and the figure at its end the last value."
@@ -154,7 +145,7 @@ def _search_table(facts: Facts) -> str:
     rows.append(("loss before fine-tuning", number(facts.found["loss"])))
     if uniform:
         rows.append(("… of the uniform policy", number(uniform["loss"])))
-    return _table((), [f'<tr><td>{escape(name)}</td><td class="text">{escape(value)}</td></tr>' for name, value in rows])
+    return pairs(rows)
 
 
 def _cost_chart(facts: Facts, k: int) -> str:
@@ -183,8 +174,8 @@ def _curves(facts: Facts) -> str:
 
 
 def _column(rows: Iterable[Row], name: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
-    pairs = [(float(row["epoch"]), factor * row[name]) for row in rows if row.get(name) is not None]
-    return [x for x, _ in pairs], [y for _, y in pairs]
+    points = [(float(row["epoch"]), factor * row[name]) for row in rows if row.get(name) is not None]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _bins(facts: Facts) -> str:
@@ -194,13 +185,13 @@ def _bins(facts: Facts) -> str:
     for layer, pair in facts.statistics.items():
         before, after = pair["before"], pair["after"]
         figures = (before["variance"], after["variance"], before["entropy"], after["entropy"])
-        rows.append(f"<tr>{_cells((layer, str(after['bits']), *map(number, figures)))}</tr>")
+        rows.append(f"<tr>{cells((layer, str(after['bits']), *map(number, figures)))}</tr>")
     headings = ("layer", "bits", "in-bin variance before", "after", "entropy before", "after")
     note = (
         "Variance is the mean squared distance of a latent weight to its level, in squared steps (1/12 = 0.0833 if spread evenly); "
         "entropy is that of how the levels are used, at most the number of bits."
     )
-    return f'<section><h2>Weights in their bins</h2>{_table(headings, rows)}<p class="note">{note}</p></section>'
+    return f'<section><h2>Weights in their bins</h2>{table(headings, rows)}<p class="note">{note}</p></section>'
 
 
 def _provenance(facts: Facts) -> str:
@@ -210,23 +201,13 @@ def _provenance(facts: Facts) -> str:
     rows += [(f"stage {name}", _stage_text(stage)) for name, stage in manifest["stages"].items()]
     if facts.artefact:
         rows.append(("packed file", json.dumps(facts.artefact.get("parts", {}))))
-    table = _table((), [f'<tr><td>{escape(name)}</td><td class="text">{escape(value)}</td></tr>' for name, value in rows])
     recipe = f"<details><summary>recipe.yaml</summary><pre>{escape(facts.recipe)}</pre></details>"
-    return f"<section><h2>Provenance</h2>{table}{recipe}</section>"
+    return f"<section><h2>Provenance</h2>{pairs(rows)}{recipe}</section>"
 
 
 def _stage_text(stage: Row) -> str:
     seconds = f", {stage['seconds']:.1f} s" if "seconds" in stage else ""
     return f"finished {stage['finished']}{seconds}"
-
-
-def _cells(values: Sequence[str]) -> str:
-    return "".join(f"<td>{escape(value)}</td>" for value in values)
-
-
-def _table(headings: Sequence[str], rows: Sequence[str]) -> str:
-    head = f"<thead><tr>{''.join(f'<th>{escape(text)}</th>' for text in headings)}</tr></thead>" if headings else ""
-    return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
 SECTIONS: tuple[Callable[[Facts], str], ...] = (_headline, _alarms, _policies, _bits, _trajectory, _curves, _bins, _provenance)
