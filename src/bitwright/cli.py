@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from bitwright import profile
+from bitwright.compare import compare
 from bitwright.driver import SearchMethod
 from bitwright.errors import BitwrightError, RunError, nearest
 from bitwright.job import Job
@@ -113,6 +114,23 @@ def evaluate_command(arguments: argparse.Namespace) -> dict[str, Any]:
 def baselines_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune and evaluate policies of the same budget beside a run's own."""
     return _stage(arguments, "baselines")
+
+
+def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare search methods at one budget: every method and seed searched, fine-tuned alike, and judged."""
+    target, known = arguments.target, Path(arguments.target).is_dir()
+    if known and arguments.out is not None:
+        raise UsageError(f"compare {target}: is a directory to go on with; leave out --out, or give a recipe instead")
+    asked = {"methods": arguments.methods, "seeds": arguments.seeds, "budgets": arguments.budget}
+    overrides = [*arguments.set, *(f"compare.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None)]
+    if known and not (Path(target) / "recipe.yaml").is_file():
+        raise RunError(f"{target}: no comparison (it has no recipe.yaml); give a recipe, or the --out of a `bitwright compare`")
+    recipe = load_recipe(Path(target) / "recipe.yaml" if known else target, overrides)
+    out = Path(target) if known else Path(arguments.out or Path("runs") / f"{recipe.name}-compare")
+    _say(f"comparison directory: {out}", sys.stderr)
+    result = compare(recipe, out, **_surroundings(arguments))
+    terminal.show(out)
+    return result
 
 
 def export_command(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -356,6 +374,29 @@ def _file_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="FILE", help="the packed file, or the report, instead of the run's own place")
 
 
+def _compare_flags(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, COMPARE_HELP
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, package.module:Class, or LABEL=NAME; uniform is added")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each a split, a search and a training (default: 0 1 2)")
+    parser.add_argument("--budget", nargs="+", metavar="COST<=LIMIT", help="each one a comparison; a comma joins limits kept at once")
+    parser.add_argument("--out", metavar="DIR", help="the comparison's directory (default: runs/<recipe name>-compare)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of the recipe; may be repeated")
+
+
+COMPARE_HELP = """\
+A table, a CSV and report.html say which differences are significant (bootstrap over seeds and test images, Holm-corrected)
+and whether mixed widths beat uniform. The same command goes on after a crash; started twice, the processes share the work.
+
+  bitwright compare digits-sdq --methods sdq fisher uniform random --seeds 0 1 2
+  bitwright compare my.yaml --methods sdq old=sdq --set compare.options.old.gate=interpolation
+  bitwright compare my.yaml --budget 'bitops<=W4A4' 'bitops<=W3A3' --out runs/c
+  bitwright compare my.yaml --set compare.short.epochs=1 --set compare.long.epochs=20
+
+With compare.short and compare.long there are two stages: all methods with the short fine-tuning, then the compare.best
+(default 5) on the selection images, and uniform, with the long one. Both are changes of the recipe's finetune section.
+"""
+
+
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="FORMAT", help="the format (default: the recipe's, or packed)")
     parser.add_argument("--file", metavar="FILE", help="where to write (default: in the run's export folder)")
@@ -369,6 +410,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
     "finetune": (finetune_command, _run_target, _new_out_flag, _recipe_flags, _place_flags, _again_flag, _policy_flag),
     "evaluate": (evaluate_command, _run_target, _place_flags, _again_flag, _file_flag),
     "baselines": (baselines_command, _run_target, _place_flags, _again_flag),
+    "compare": (compare_command, _target, _compare_flags, _place_flags),
     "export": (export_command, _run_target, _place_flags, _again_flag, _export_flags),
     "report": (report_command, _run_target, _file_flag),
     "methods": (methods_command,),

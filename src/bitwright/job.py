@@ -53,7 +53,7 @@ class Job:
     ) -> Job:
         """Open a run directory for a recipe, new or to be continued; raises `RunError` if it began with another recipe."""
         _forget_unbegun(Path(out))
-        run = Run.open(out, recipe.to_dict())
+        run = Run.open(out, recipe.model_copy(update={"compare": None}).to_dict())  # what is compared decides nothing of a run
         runs.write_text_atomic(run.path / "recipe.yaml", recipe.to_yaml())
         root = None if data_root is None else Path(data_root)
         return cls(recipe, run, root, torch.device(device), log or (lambda stage, row: None))
@@ -62,6 +62,8 @@ class Job:
     def load(cls, path: str | Path, *, data_root: str | Path | None = None, device: str = "cpu", log: Log | None = None) -> Job:
         """Open an existing run directory with the recipe it holds."""
         run = Run.load(path)
+        if run.manifest["recipe"].get("kind") == "comparison":
+            raise RunError(f"{path}: holds a comparison, no run; type `bitwright compare {path}` or `bitwright report {path}`")
         file = run.path / "recipe.yaml"
         if not file.is_file():
             raise RunError(f"{file}: missing; restore it from a copy, or give another --out")

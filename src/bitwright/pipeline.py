@@ -92,7 +92,7 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
     if todo and job.run.finished("report"):
         todo.append("report")  # what it shows is about to change
     if "float" in todo or "search" in todo:
-        _check_trainable(job.recipe)
+        check_trainable(job.recipe)
         job.problem_of(job.untrained).check()
     for name in todo:
         started = time.monotonic()
@@ -127,7 +127,7 @@ def _in_recipe(recipe: Recipe, stage: str) -> bool:
     return asked.get(stage, True)
 
 
-def _check_trainable(recipe: Recipe) -> None:
+def check_trainable(recipe: Recipe) -> None:
     """Refuse a network that nobody trained."""
     if recipe.model.weights is None and recipe.float_training is None and recipe.model.name in available():
         raise RecipeError(

@@ -21,7 +21,11 @@ class Progress:
 
     def __call__(self, stage: str, row: Mapping[str, Any]) -> None:
         """Show a row; rows that come too fast are left out, the last of a stage never is."""
-        final = "status" in row or ("policy" in row and "top1" in row) or "left out" in row or row.get("epoch") == row.get("epochs", -1)
+        final = (
+            any(name in row for name in ("status", "waiting", "left out"))
+            or ("policy" in row and "top1" in row)
+            or row.get("epoch") == row.get("epochs", -1)
+        )
         if not final and time.monotonic() - self.shown < QUIET_SECONDS:
             return
         self.shown = time.monotonic()
@@ -44,6 +48,8 @@ def text_of(row: Mapping[str, Any]) -> str:
     if "status" in row:
         seconds = f" in {row['seconds']:.1f} s" if "seconds" in row else ""
         return f"{row['status']}{seconds}"
+    if "waiting" in row:
+        return f"waiting: {row['waiting']}"
     if "left out" in row:
         return f"{row['policy']} left out: {row['left out']}"
     if "policy" in row and "top1" in row:

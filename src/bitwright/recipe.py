@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from bitwright.errors import RecipeError, nearest
 from bitwright.exporters import get as exporter
-from bitwright.methods import get_method
+from bitwright.methods import available, get_method
 from bitwright.quant import QuantOptions
 from bitwright.training import FinetuneOptions
 
@@ -107,6 +107,46 @@ class BaselinesSection(Section):
     finetune: Options | None = None
 
 
+class CompareSection(Section):
+    """What `bitwright compare` sets side by side, and the fine-tuning that all of it gets.
+
+    Attributes:
+        methods: names or ``package.module:Class``; ``label=name`` gives one a name of its own, so that it may come twice.
+            By default the recipe's own with ``fisher``, ``uniform`` and ``random``; ``uniform`` is always among them.
+        seeds: each is a split of the data, a search and a training; by default the recipe's and the two after it.
+        budgets: each a comparison of its own (a list inside is kept all at once); by default the recipe's, all at once.
+        options: of the methods, by name or label; the recipe's own method has ``search.options`` beneath them.
+        short: changes of ``finetune`` for a first stage, in which every method takes part.
+        long: changes of ``finetune`` for the stage of the ``best`` and of ``uniform``; the only stage without ``short``.
+        best: how many go on to the second of two stages, by accuracy on the selection images.
+    """
+
+    methods: list[str] | None = Field(default=None, min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    budgets: list[str | list[str]] | None = Field(default=None, min_length=1)
+    options: dict[str, Options] = Field(default_factory=dict)
+    short: Options | None = None
+    long: Options | None = None
+    best: int = Field(default=5, ge=1)
+
+    @field_validator("methods", "seeds", "budgets")
+    @classmethod
+    def _once(cls, value: list[Any] | None) -> list[Any] | None:
+        twice = next((item for k, item in enumerate(value or ()) if item in (value or ())[:k]), None)
+        if twice is not None:
+            raise ValueError(f"'{twice}' is given twice; give each once")
+        return value
+
+    def named(self, default: Sequence[str]) -> dict[str, str]:
+        """Return the methods by label, ``uniform`` among them.
+
+        >>> CompareSection(methods=["sdq", "mixed=sdq"]).named(())
+        {'sdq': 'sdq', 'mixed': 'sdq', 'uniform': 'uniform'}
+        """
+        pairs = [text.partition("=") for text in self.methods or default]
+        return {**{label: name if equals else label for label, equals, name in pairs}, "uniform": "uniform"}
+
+
 class ExportSection(Section):
     """Where the result goes."""
 
@@ -129,6 +169,7 @@ class Recipe(Section):
     finetune: Options | None = None
     teacher: TeacherSection | None = None
     baselines: BaselinesSection | None = None
+    compare: CompareSection | None = None
     export: ExportSection | None = None
     report: bool = True
 
@@ -139,7 +180,8 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON-able data, defaults filled in; `load_recipe` accepts it again."""
-        return self.model_dump(mode="json", by_alias=True)
+        data = self.model_dump(mode="json", by_alias=True)
+        return data if self.compare is not None else {key: value for key, value in data.items() if key != "compare"}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
@@ -290,6 +332,33 @@ def _check_options(recipe: Recipe) -> None:
         for name in recipe.baselines.methods:
             get_method(name)
         make_options(FinetuneOptions, recipe.baselines.finetune or {}, "baselines.finetune")
+    if recipe.compare is not None:
+        _check_compare(recipe, recipe.compare)
+
+
+def _check_compare(recipe: Recipe, section: CompareSection) -> None:
+    """Check the methods of a comparison, their options and both fine-tunings."""
+    labels = [text.partition("=")[0] for text in section.methods or ()]
+    for text, label in zip(section.methods or (), labels, strict=True):
+        if not label or labels.count(label) > 1 or text.startswith("uniform="):
+            raise RecipeError(f"recipe: compare.methods has '{text}'; give NAME or LABEL=NAME, each label once, and none called uniform")
+    named = section.named(())
+    for label, name in named.items():
+        make_options(get_method(name), section.options.get(label, {}), f"compare.options.{label}")
+    for label, options in section.options.items():
+        if label not in named:
+            make_options(_known_method(label, named), options, f"compare.options.{label}")
+    for place, changes in (("short", section.short), ("long", section.long)):
+        if changes is not None:
+            make_options(FinetuneOptions, {**(recipe.finetune or {}), **changes}, f"compare.{place}")
+
+
+def _known_method(label: str, named: Mapping[str, str]) -> type[Any]:
+    """Return the method that options are for though it is not compared this time; a label that nobody has is an error."""
+    try:
+        return get_method(label)
+    except RecipeError:
+        raise RecipeError(f"recipe: unknown key 'compare.options.{label}'; {nearest(label, [*named, *available()])}") from None
 
 
 def make_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:

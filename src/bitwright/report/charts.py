@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -41,6 +41,26 @@ class Dot:
     low: float
     high: float
     text: str
+    style: str = "series-2"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point of a `Track`: where it is, the interval of its height, and what is said of it."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    hint: str
+
+
+@dataclass(frozen=True)
+class Track:
+    """The points of one name in `scatter`, in the order in which a line joins them."""
+
+    name: str
+    marks: Sequence[Mark]
     style: str = "series-2"
 
 
@@ -130,8 +150,75 @@ def heat(rows: Mapping[str, Sequence[float]], xs: Sequence[float], *, x_label: s
     return _svg(WIDTH, foot + 6, parts, title)
 
 
-def dots(rows: Sequence[Dot], *, unit: str, title: str = "") -> str:
-    """Draw estimates with their intervals on a common scale.
+def scatter(
+    tracks: Sequence[Track], *, x_label: str, y_label: str, x_text: Callable[[float], str] = number, height: int = 330, title: str = ""
+) -> str:
+    """Draw points with their intervals, each name at the right with a thread to its last point, and the front: more height for more x.
+
+    >>> "front" in scatter([Track("a", [Mark(1, 2, 1.5, 2.5, "")])], x_label="cost", y_label="accuracy")
+    True
+    """
+    marks = [mark for track in tracks for mark in track.marks]
+    if not marks:
+        return ""
+    xs = [mark.x for mark in marks]
+    pad = 0.06 * (max(xs) - min(xs)) or 0.06 * abs(xs[0]) or 1.0
+    low, high = min(mark.low for mark in marks), max(mark.high for mark in marks)
+    frame = _Frame(min(xs) - pad, max(xs) + pad, low, high, height, right=WIDTH - 140)
+    parts = [*frame.axes(x_label, y_label, x_text), _front(frame, marks)]
+    ends = [frame.y(track.marks[-1].y) for track in tracks]
+    for track, label_y in zip(tracks, _spread(ends, frame.top + 6, frame.bottom), strict=True):
+        parts.append(_track(frame, track, label_y))
+    return _svg(WIDTH, height, parts, title)
+
+
+def _track(frame: _Frame, track: Track, label_y: float) -> str:
+    points = [(frame.x(mark.x), frame.y(mark.y)) for mark in track.marks]
+    (x, y), edge = points[-1], frame.right + 14
+    parts = [f'<polyline class="thread" points="{x:.1f},{y:.1f} {frame.right:.1f},{label_y:.1f} {edge - 4:.1f},{label_y:.1f}"/>']
+    if len(points) > 1:
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline class="line {track.style}" points="{joined}"/>')
+    for mark, (x, y) in zip(track.marks, points, strict=True):
+        parts.append(
+            f'<line class="whisker {track.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(mark.low):.1f}" y2="{frame.y(mark.high):.1f}"/>'
+            f'<circle class="{track.style}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(mark.hint)}</title></circle>'
+        )
+    return f"<g>{''.join(parts)}{_text(edge, label_y + 4, _fit(track.name, 126), 'label')}</g>"
+
+
+def _front(frame: _Frame, marks: Sequence[Mark]) -> str:
+    """Return the steps of what nothing beats: no other point is at most as far right and higher."""
+    best, points = -math.inf, ""
+    for mark in sorted(marks, key=lambda mark: (mark.x, -mark.y)):
+        if mark.y > best:
+            x = frame.x(mark.x)
+            points += f"{x:.1f},{frame.y(best):.1f} " if points else ""
+            points += f"{x:.1f},{frame.y(mark.y):.1f} "
+            best = mark.y
+    return f'<polyline class="front" points="{points}{frame.right:.1f},{frame.y(best):.1f}"/>'
+
+
+def _spread(wanted: Sequence[float], top: float, bottom: float, gap: float = 14.0) -> list[float]:
+    """Return heights near the wanted ones, in the same order from top to bottom, at least ``gap`` apart.
+
+    >>> _spread([50.0, 51.0, 10.0], 0.0, 100.0)
+    [50.0, 64.0, 10.0]
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed, least = list(wanted), top
+    for i in order:
+        placed[i] = least = max(wanted[i], least)
+        least += gap
+    most = bottom
+    for i in reversed(order):
+        placed[i] = most = min(placed[i], most)
+        most -= gap
+    return placed
+
+
+def dots(rows: Sequence[Dot], *, unit: str, title: str = "", mark: float | None = None) -> str:
+    """Draw estimates with their intervals on a common scale; ``mark`` adds an upright line to compare them with.
 
     >>> "<circle" in dots([Dot("sdq", 97.0, 96.0, 98.0, "97.0")], unit="%")
     True
@@ -139,11 +226,13 @@ def dots(rows: Sequence[Dot], *, unit: str, title: str = "") -> str:
     if not rows:
         return ""
     left, pitch = 210, 22
-    low, high = min(row.low for row in rows), max(row.high for row in rows)
+    marks = [] if mark is None else [mark]
+    low, high = min([row.low for row in rows] + marks), max([row.high for row in rows] + marks)
     frame = _Frame(low, high, 0, 1, pitch * len(rows) + 34, left=left, right=WIDTH - 90)
     ticks = [(frame.x(tick), f"{number(tick)} {unit}") for tick in _ticks(low, high)]
     parts = [_text(x, frame.height - 6, text, "tick", "middle") for x, text in ticks]
     parts += [f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{frame.height - 20}"/>' for x, _ in ticks]
+    parts += [f'<line class="limit" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" y1="0" y2="{frame.height - 20}"/>' for x in marks]
     for i, row in enumerate(rows):
         y = i * pitch + 11
         parts.append(
@@ -180,13 +269,13 @@ class _Frame:
     def y(self, value: float) -> float:
         return self.bottom - (value - self.y0) / (self.y1 - self.y0) * (self.bottom - self.top)
 
-    def axes(self, x_label: str, y_label: str) -> list[str]:
+    def axes(self, x_label: str, y_label: str, x_text: Callable[[float], str] = number) -> list[str]:
         parts = []
         for tick in _ticks(self.y0, self.y1):
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(_text(self.left - 6, y + 4, number(tick), "tick", "end"))
-        parts += [_text(self.x(tick), self.bottom + 15, number(tick), "tick", "middle") for tick in _ticks(self.x0, self.x1)]
+        parts += [_text(self.x(tick), self.bottom + 15, x_text(tick), "tick", "middle") for tick in _ticks(self.x0, self.x1)]
         parts.append(_text((self.left + self.right) / 2, self.height - 4, x_label, "axis", "middle"))
         middle = (self.top + self.bottom) / 2
         turned = _text(0, 0, y_label, "axis", "middle")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.report.charts import Bar, Dot, Line, bars, dots, heat, lines, number, width_class
+from bitwright.report.comparison import is_comparison, render_comparison
 from bitwright.report.facts import Facts, Row, alarms, expected_bits, read_facts
 from bitwright.report.parts import cells, document, pairs, table, tile
 from bitwright.report.table import HEADINGS, accuracy_text, amount, bits_text, policy_rows, same_finetuning, size_text
@@ -18,13 +19,15 @@ HALF = 400
 
 
 def render(run_dir: str | Path) -> str:
-    """Return the report of a run as one HTML page without any outside reference.
+    """Return the report of a run, or of a comparison, as one HTML page without any outside reference.
 
     It shows what the run's files say and computes nothing anew; a run that is not finished has fewer sections.
 
     Raises:
         RunError: the directory is no run, or a file in it is damaged.
     """
+    if is_comparison(run_dir):
+        return render_comparison(run_dir)
     facts = read_facts(run_dir)
     return document(facts.name, "".join(section(facts) for section in SECTIONS))
 

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bitwright.report import comparison
 from bitwright.report.facts import Facts, alarms, read_facts
 from bitwright.report.table import HEADINGS, PolicyRow, policy_rows
 
@@ -16,6 +17,9 @@ from bitwright.report.table import HEADINGS, PolicyRow, policy_rows
 def show(run_dir: str | Path, console: Console | None = None) -> None:
     """Print what a run has: its policies side by side, its alarms, its files; raises `RunError` if it is no run."""
     console = console or new_console()
+    if comparison.is_comparison(run_dir):
+        comparison.show(run_dir, console)
+        return
     facts = read_facts(run_dir)
     rows = policy_rows(facts)
     groups = {"main": "result", "same": "after equal, shorter fine-tuning"}

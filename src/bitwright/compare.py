@@ -1,0 +1,442 @@
+"""Compare search methods: methods x seeds at one budget, with one recipe and one fine-tuning for all of them.
+
+A comparison is a directory. Each search and each training in it has a folder of its own, named after all that decides its
+result, so nothing is done twice: not after a crash, not when methods, seeds or budgets are added, and not when two methods find the
+same policy. Processes that run the same command share the work: each claims the folders it works in.
+
+    manifest.json, recipe.yaml       what decides the result, and what was asked for last
+    seeds/<seed>/                    the float network of a seed: a run directory
+    searches/<method>-<hash>-<seed>/ search.jsonl, policy.json, result.json
+    trainings/<hash>/                result.json, correct.safetensors: which test images are right
+    compare.json, compare.csv, report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright import runs
+from bitwright.claims import claim
+from bitwright.driver import SearchMethod, Stop, search
+from bitwright.errors import BitwrightError, BudgetError, DataError, RunError
+from bitwright.evaluation import evaluate
+from bitwright.job import Job, Log
+from bitwright.measure import found, keep_correct, row_of, trained
+from bitwright.methods import get_method
+from bitwright.pipeline import check_trainable, float_stage, threads
+from bitwright.policy import Bits, Policy
+from bitwright.recipe import CompareSection, Options, Recipe, load_recipe, make_options
+from bitwright.report import render
+from bitwright.runs import Run
+from bitwright.standings import Contender, csv_text, ranked, standings
+from bitwright.training import FinetuneOptions
+
+Budgets = tuple[str, ...]
+"""Limits that are kept all at once."""
+KIND = "comparison"
+POLL_SECONDS = 1.0
+"""Between two looks at what other processes still work on."""
+
+
+def compare(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path | None = None,
+    *,
+    data_root: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    log: Log | None = None,
+    made_by: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Search with every method and seed, fine-tune every policy alike, and say which differences are significant.
+
+    Args:
+        recipe: a bundled name, a YAML file, a mapping, or a `Recipe`; its section ``compare`` says what is compared.
+        out: the comparison's directory; by default ``runs/<recipe name>-compare``. The same call goes on with it.
+        data_root: the folder that holds the data sets.
+        overrides: ``"a.b.c=value"`` texts.
+        device: where the networks run.
+        log: called with a label and a row of numbers.
+        made_by: noted with each result and repeated in the table's last columns, such as the commit and the machine.
+
+    Returns:
+        What compare.json holds (`standings.standings` for each table), and the paths.
+
+    Raises:
+        BitwrightError: the recipe, the data or a budget is wrong, or the directory holds something else.
+        BudgetError: a budget cannot be met, or no method could run at one.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    path = Path(out or Path("runs") / f"{recipe.name}-compare")
+    work = Comparison.open(recipe, path, data_root=data_root, device=device, log=log, made_by=made_by)
+    with threads(recipe.threads):
+        work.do()
+    result = work.write()
+    for table in result["tables"]:
+        if not table["methods"]:
+            raise BudgetError(f"compare: no method can run at {table['budget']}: {'; '.join(table['left_out'].values())}")
+    return result
+
+
+# ---- what is asked for
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A fine-tuning that all contenders of a stage get; ``options`` None is none at all."""
+
+    name: str
+    options: FinetuneOptions | None
+    changed: Options = field(hash=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: methods by label with the options of each, seeds, budgets, stages, and how many go on to the second stage."""
+
+    methods: Mapping[str, str]
+    options: Mapping[str, Options]
+    seeds: tuple[int, ...]
+    budgets: tuple[Budgets, ...]
+    stages: tuple[Stage, ...]
+    best: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Plan:
+        """Return the plan of a recipe, with what its section ``compare`` leaves open filled in."""
+        section, own = recipe.compare or CompareSection(), recipe.search
+        methods = section.named(list(dict.fromkeys([own.method, "fisher", "random"])))
+        base = {label: own.options if name == own.method else {} for label, name in methods.items()}
+        return cls(
+            methods=methods,
+            options={label: {**base[label], **section.options.get(label, {})} for label in methods},
+            seeds=tuple(section.seeds or (recipe.seed, recipe.seed + 1, recipe.seed + 2)),
+            budgets=tuple(_limits(entry) for entry in section.budgets or [list(own.budgets)]),
+            stages=_stages(recipe, section),
+            best=section.best,
+        )
+
+
+def _limits(entry: str | list[str]) -> Budgets:
+    texts = entry.split(",") if isinstance(entry, str) else entry
+    return tuple(text.strip() for text in texts)
+
+
+def _stages(recipe: Recipe, section: CompareSection) -> tuple[Stage, ...]:
+    given = [("short", section.short), ("long", section.long)]
+    if section.short is None and section.long is None:
+        given = [("long", {} if recipe.finetune is not None else None)]
+        if recipe.finetune is None:
+            return (Stage("long", None, {}),)
+    settings = [(name, {**(recipe.finetune or {}), **changes}) for name, changes in given if changes is not None]
+    return tuple(Stage(name, make_options(FinetuneOptions, values, f"compare.{name}"), values) for name, values in settings)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the comparison: a method's policy for a budget and seed, with the fine-tuning of a stage."""
+
+    budget: Budgets
+    stage: Stage
+    label: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.label}, seed {self.seed}, {', '.join(self.budget)}, {self.stage.name}"
+
+
+# ---- the work
+
+
+@dataclass
+class Comparison:
+    """A comparison at work in its directory.
+
+    Attributes:
+        recipe, plan: what to do.
+        run: where; its manifest binds what no entry may differ in.
+        rows: what is done: search and training of each entry.
+        left_out: why a method takes no part at a budget.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    run: Run
+    data_root: Path | None
+    device: str
+    log: Log
+    made_by: Mapping[str, str]
+    rows: dict[Entry, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[tuple[Budgets, Stage, str], str] = field(default_factory=dict)
+    _job: Job | None = None
+    _checked: bool = False
+    _written: int = 0
+
+    @classmethod
+    def open(
+        cls,
+        recipe: Recipe,
+        path: Path,
+        *,
+        data_root: str | Path | None,
+        device: str,
+        log: Log | None,
+        made_by: Mapping[str, str] | None,
+    ) -> Comparison:
+        """Open a comparison's directory, new or to be continued; raises `RunError` if it holds something else."""
+        plan = Plan.of(recipe)
+        if (path / Run.MANIFEST).is_file() and Run.load(path).manifest["recipe"].get("kind") != KIND:
+            raise RunError(f"{path}: holds a run, no comparison; give another --out")
+        if path.is_file():
+            raise RunError(f"{path}: is a file, and a comparison needs a directory; give another --out")
+        with claim(path, wait=True):
+            run = Run.open(path, {"kind": KIND, **_bound(recipe, None)}, shared=True)
+            runs.write_text_atomic(run.path / "recipe.yaml", recipe.to_yaml())
+        root = None if data_root is None else Path(data_root)
+        return cls(recipe, plan, run, root, device, log or (lambda label, row: None), dict(made_by or runs.versions()))
+
+    def do(self) -> None:
+        """Do all that is not done, as long as another process does not do it."""
+        waiting = 0
+        while True:
+            states = [self._advance(entry) for entry in self._entries()]
+            if all(states) and self._whole():
+                return
+            if states.count(False) != waiting:
+                waiting = states.count(False)
+                self.log("compare", {"waiting": f"other processes work on {waiting} of {len(states)} entries"})
+            if waiting:
+                time.sleep(POLL_SECONDS)
+
+    def _entries(self) -> Iterator[Entry]:
+        """Yield what is to be done, as far as it is known: a second stage begins when the first is complete."""
+        for budget in self.plan.budgets:
+            for stage in self.plan.stages:
+                for seed in self.plan.seeds:
+                    for label in self._taking_part(budget, stage):
+                        yield Entry(budget, stage, label, seed)
+                if not self._complete(budget, stage):
+                    break
+                self._note_progress()
+
+    def _note_progress(self) -> None:
+        """Renew the files when another stage is complete, so that there is something to look at while the rest runs."""
+        done = sum(self._complete(budget, stage) for budget in self.plan.budgets for stage in self.plan.stages)
+        if done > self._written:
+            self._written = done
+            self.write()
+
+    def _taking_part(self, budget: Budgets, stage: Stage) -> list[str]:
+        """Return who takes part in a stage: all in the first, then the best on the selection images, and uniform."""
+        first = self.plan.stages[0]
+        labels = list(self.plan.methods) if stage == first else self._chosen(budget, first)
+        return [label for label in labels if (budget, stage, label) not in self.left_out]
+
+    def _chosen(self, budget: Budgets, first: Stage) -> list[str]:
+        known = self._taking_part(budget, first)
+        order = ranked({label: self._rows(budget, first, label) for label in known})
+        chosen = {"uniform", *[label for label in order if label != "uniform"][: self.plan.best]}
+        return [label for label in known if label in chosen]
+
+    def _rows(self, budget: Budgets, stage: Stage, label: str) -> list[dict[str, Any]]:
+        return [self.rows[Entry(budget, stage, label, seed)] for seed in self.plan.seeds]
+
+    def _complete(self, budget: Budgets, stage: Stage) -> bool:
+        first = self.plan.stages[0]
+        if stage != first and not self._complete(budget, first):
+            return False
+        names = self._taking_part(budget, stage)
+        return all(Entry(budget, stage, label, seed) in self.rows for label in names for seed in self.plan.seeds)
+
+    def _whole(self) -> bool:
+        return all(self._complete(budget, stage) for budget in self.plan.budgets for stage in self.plan.stages)
+
+    def _total(self) -> int:
+        """Return how many entries there are in all, if nobody is left out."""
+        first, *later = [len(self.plan.methods)] + [min(len(self.plan.methods), self.plan.best + 1)] * (len(self.plan.stages) - 1)
+        return (first + sum(later)) * len(self.plan.seeds) * len(self.plan.budgets)
+
+    def _advance(self, entry: Entry) -> bool:
+        """Do one entry if it is not done; return False if another process is at it."""
+        place = (entry.budget, entry.stage, entry.label)
+        if entry in self.rows or place in self.left_out:
+            return True
+        try:
+            row = self._row(entry)
+        except (BitwrightError, ImportError) as error:
+            if isinstance(error, (RunError, DataError)) or not self._checked:
+                raise  # that concerns all of them
+            self.left_out[place] = f"seed {entry.seed}: {' '.join(str(error).split())}"
+            self.log("compare", {"policy": str(entry), "left out": str(error)})
+            return True
+        if row is not None:
+            self.rows[entry] = row
+        return row is not None
+
+    def _row(self, entry: Entry) -> dict[str, Any] | None:
+        record = self._searched(entry)
+        if record is None:
+            return None
+        policy = Policy({name: Bits(*bits) for name, bits in record["policy"].items()})
+        row = self._trained(entry, policy)
+        return None if row is None else {**row, "search": record, "label": entry.label, "seed": entry.seed}
+
+    # ---- searches
+
+    def _searched(self, entry: Entry) -> dict[str, Any] | None:
+        """Return what a search found, after doing it if nobody did; None if somebody is doing it."""
+        section, name = self.recipe.search, self.plan.methods[entry.label]
+        options = self.plan.options[entry.label]
+        asked = {"method": name, "options": options, "budget": entry.budget, "steps": section.steps, "seconds": section.seconds}
+        title = name.replace(":", "-").replace("/", "-")
+        folder = self.run.inside("searches", f"{title}-{_hash(asked)}-{entry.seed}")
+        return self._once(folder, lambda: self._search(entry, folder))
+
+    def _search(self, entry: Entry, folder: Path) -> dict[str, Any]:
+        job, section = self.job(entry.seed), self.recipe.search
+        name, label = self.plan.methods[entry.label], entry.label
+        method: SearchMethod[Any] = make_options(get_method(name), self.plan.options[label], f"compare.options.{label}")
+        problem = job.problem_of(job.network, budgets=job.parse_budgets(entry.budget))
+        tell = f"{entry.label} search"
+        stop = Stop(section.steps, section.seconds)
+        result = search(problem, method, out=folder, stop=stop, log=lambda row: self.log(tell, row), save_every=section.save_every)
+        if result.status == "interrupted":
+            raise KeyboardInterrupt
+        policy = {site: list(bits) for site, bits in result.policy.items()}
+        return {**found(job, problem, name, result), "policy": policy}
+
+    # ---- trainings
+
+    def _trained(self, entry: Entry, policy: Policy) -> dict[str, Any] | None:
+        """Return the row of a policy after a stage's fine-tuning, from whichever method asked for it first."""
+        options = None if entry.stage.options is None else asdict(entry.stage.options)
+        decisive = options and {name: value for name, value in options.items() if name != "checkpoint_seconds"}
+        key = _hash({"policy": policy.to_json(), "finetune": decisive, "seed": entry.seed})
+        folder = self.run.inside("trainings", key)
+        row = self._once(folder, lambda: self._train(entry, policy, folder))
+        return row if row is None else {**row, "key": key, "correct": str(folder / "correct.safetensors")}
+
+    def _train(self, entry: Entry, policy: Policy, folder: Path) -> dict[str, Any]:
+        job, options = self.job(entry.seed), entry.stage.options
+        shown = {"epochs": 0 if options is None else options.epochs}
+        tell = f"{entry.label} {entry.stage.name}"
+        model = trained(job, policy, options, folder, log=lambda row: self.log(tell, {**row, **shown}))
+        test, selection = evaluate(model, job.data.test), evaluate(model, job.data.selection)
+        keep_correct(folder / "correct.safetensors", test)
+        self.log(f"{len(self.rows) + 1} of {self._total()}", {"policy": str(entry), "top1": test.top1})
+        free = [name for name, allowed in job.choices.items() if len(allowed) > 1]
+        extra = {"selection": {"top1": selection.top1, "loss": selection.loss}, "widths": len({policy[name] for name in free})}
+        return {**row_of(job, policy, test.to_dict()), **extra}
+
+    def _once(self, folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Return the result in a folder; without one do the work and keep it, unless another process holds the folder."""
+        file = folder / "result.json"
+        if not file.is_file():
+            with claim(folder) as held:
+                if not held:
+                    return None
+                if not file.is_file():
+                    result = {**work(), "made_by": dict(self.made_by)}
+                    runs.write_text_atomic(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+                    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        return _read(file)
+
+    # ---- what entries share
+
+    def job(self, seed: int) -> Job:
+        """Return the job of a seed, its float network there; only the last one asked for is kept in memory."""
+        path = self.run.inside("seeds", str(seed))
+        if self._job is None or self._job.recipe.seed != seed:
+            with claim(path, wait=True):  # another process may be training the float network
+                job = Job.open(_of_seed(self.recipe, seed), path, data_root=self.data_root, device=self.device, log=self.log)
+                self._check(job)
+                if not job.run.finished("float"):
+                    job.log("float", {"status": f"started for seed {seed}"})
+                    job.run.finish("float", **float_stage(job))
+                    score = evaluate(job.network, job.data.test)
+                    runs.write_text_atomic(path / "float.json", json.dumps(score.to_dict()) + "\n")
+            self._job = job
+        return self._job
+
+    def _check(self, job: Job) -> None:
+        """Refuse what no method could do, before anything is trained."""
+        if not self._checked:
+            check_trainable(self.recipe)
+            for budget in self.plan.budgets:
+                job.problem_of(job.untrained, budgets=job.parse_budgets(budget)).check()
+            if self.recipe.teacher is not None and self.recipe.teacher.name != "float":
+                assert job.teacher is not None  # it loads
+            self._checked = True
+
+    # ---- what comes out
+
+    def _tables(self) -> Iterator[dict[str, Any]]:
+        for budget in self.plan.budgets:
+            for stage in self.plan.stages:
+                if self._complete(budget, stage):
+                    yield self._table(budget, stage)
+
+    def _table(self, budget: Budgets, stage: Stage) -> dict[str, Any]:
+        contenders = []
+        for label in self._taking_part(budget, stage):
+            rows = self._rows(budget, stage, label)
+            contenders.append(Contender(label, tuple(rows), tuple(runs.load_tree(row["correct"])["correct"] for row in rows)))
+        left_out = {label: why for (where, when, label), why in self.left_out.items() if (where, when) == (budget, stage)}
+        last = stage == self.plan.stages[-1]
+        asked = {"budget": ", ".join(budget), "stage": stage.name, "last": last, "finetune": stage.changed}
+        return {**asked, **standings(contenders, left_out), "goes_on": None if last else self._chosen(budget, stage)}
+
+    def write(self) -> dict[str, Any]:
+        """Write compare.json, compare.csv and report.html from what is done, and return what compare.json holds."""
+        files = [self.run.path / "seeds" / str(seed) / "float.json" for seed in self.plan.seeds]
+        content: dict[str, Any] = {
+            "run": str(self.run.path),
+            "recipe": self.recipe.name,
+            "complete": self._whole(),
+            "seeds": list(self.plan.seeds),
+            "methods": {label: {"method": name, "options": self.plan.options[label]} for label, name in self.plan.methods.items()},
+            "float": [_read(file)["top1"] for file in files if file.is_file()],
+            "tables": list(self._tables()),
+        }
+        with claim(self.run.path, wait=True):
+            text = json.dumps({key: value for key, value in content.items() if key != "run"}, indent=1, allow_nan=False)
+            runs.write_text_atomic(self.run.path / "compare.json", text + "\n")
+            runs.write_text_atomic(self.run.path / "compare.csv", csv_text(content["tables"]))
+            runs.write_text_atomic(self.run.path / "report.html", render(self.run.path))
+        return {**content, "files": ["compare.json", "compare.csv", "report.html"]}
+
+
+def _of_seed(recipe: Recipe, seed: int) -> Recipe:
+    """Return the recipe of a seed's float network: what methods, budgets and fine-tuning are compared does not matter to it."""
+    search_ = recipe.search.model_copy(
+        update={"method": "uniform", "options": {}, "budgets": ["weight_bits<=32"], "steps": None, "seconds": None}
+    )
+    changes = {"seed": seed, "compare": None, "baselines": None, "finetune": None, "search": search_, "report": False, "description": ""}
+    return recipe.model_copy(update=changes)
+
+
+def _bound(recipe: Recipe, seed: int | None) -> dict[str, Any]:
+    """Return what all entries of a directory have in common."""
+    return {**_of_seed(recipe, 0).to_dict(), "seed": seed}
+
+
+def _hash(decisive: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file}: damaged ({error}); delete its folder, and the same command does that part again") from None
+    return content
+
+
+__all__ = ["Comparison", "Plan", "compare"]
