@@ -123,6 +123,7 @@ def _comparison(a: str, b: str, result: Corrected) -> dict[str, Any]:
 def _method(contender: Contender, order: Sequence[Contender], comparisons: Sequence[Row]) -> dict[str, Any]:
     rows = contender.rows
     accuracy: Estimate = over_seeds(contender.correct)
+    low, high = accuracy.interval()
     means = {name: statistics.fmean(row[name] for row in rows) for name in (*COSTS, "widths")}
     spent = {
         f"search_{name}": statistics.fmean(row["search"][name] for row in rows) for name in ("seconds", "sample_passes", "steps", "loss")
@@ -131,7 +132,7 @@ def _method(contender: Contender, order: Sequence[Contender], comparisons: Seque
     return {
         "label": contender.label,
         "method": rows[0]["search"]["method"],
-        "accuracy": {"mean": accuracy.mean, "interval": list(accuracy.interval()), "seeds": accuracy.seeds, "n": accuracy.n},
+        "accuracy": {"mean": accuracy.mean, "interval": [max(0.0, low), min(1.0, high)], "seeds": accuracy.seeds, "n": accuracy.n},
         "mean": {**means, **spent, "selection_top1": statistics.fmean(row["selection"]["top1"] for row in rows)},
         "same_as": next((other.label for other in earlier if other.keys == contender.keys), None),
         "against_uniform": next((c for c in comparisons if (c["a"], c["b"]) == (contender.label, "uniform")), None),
@@ -167,8 +168,7 @@ def _about_uniform(table: Row) -> Iterator[str]:
     if ahead:
         yield f"Mixed widths beat uniform here: {_listed(ahead, measured=True)}."
     else:
-        best = max(against, key=lambda c: float(c["difference"]), default=None)
-        nearest = "" if best is None else f"; the nearest to it is {_measured(best, 'a')}"
+        nearest = f"; the most promising is {_measured(tied[0], 'a')}" if tied and tied[0]["difference"] > 0 else ""
         yield f"Mixed widths do not beat uniform here: no method is significantly ahead of it{nearest}."
     if behind:
         yield f"Significantly worse than uniform: {_listed(behind, measured=True)}."

@@ -50,7 +50,7 @@ def read_comparison(directory: str | Path) -> dict[str, Any]:
 def row_texts(entry: Row) -> tuple[str, ...]:
     """Return the texts of a method's row, in the order of `HEADINGS`."""
     mean, accuracy = entry["mean"], entry["accuracy"]
-    half = 50 * (accuracy["interval"][1] - accuracy["interval"][0])
+    half = 100 * max(abs(bound - accuracy["mean"]) for bound in accuracy["interval"])
     return (
         entry["label"],
         f"{100 * accuracy['mean']:.2f} ± {half:.2f}",
