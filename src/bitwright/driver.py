@@ -241,8 +241,10 @@ class _Session:
 
     def begin(self) -> None:
         """Start the method, or pour the newest checkpoint into its mould."""
+        before = self.problem.sample_passes
         with _seeded(self.problem, 0):
             self.state = self.method.start(self.problem)
+        started = self.problem.sample_passes - before
         if not dataclasses.is_dataclass(self.state) or isinstance(self.state, type):
             kind = type(self.state).__name__
             raise TypeError(f"method '{self.method.name}': its state is a {kind}; let start() return a dataclass of tensors and numbers")
@@ -252,7 +254,7 @@ class _Session:
             if self.out is not None:
                 runs.truncate_jsonl(self.out / LINES, 0)
             self._uniform_point()
-            self.passes = self.problem.sample_passes
+            self.passes = self.problem.sample_passes - started
             self.save()
             return
         self._resume(saved)

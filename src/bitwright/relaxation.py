@@ -17,6 +17,8 @@ from bitwright.problem import Problem
 from bitwright.sites import Site
 
 Granularity = Literal["layer", "block", "net"]
+PRIOR = 30.0
+"""A gain measured n times counts n, what the row's other gains foretell counts this."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Decisions:
         chosen = [row.widths[i] for row, i in zip(self.rows, index, strict=True)]
         return Policy((name, Bits(*(chosen[r] for r in self.of_site[name]))) for name in self.problem.choices)
 
+    def index(self, policy: Policy) -> list[int]:
+        """Return the candidate of every row in a policy: the inverse of `policy`."""
+        return [row.widths.index(getattr(policy[row.sites[0]], row.kind)) for row in self.rows]
+
     def allocate(self, values: Tensor, allowed: Tensor) -> Policy | None:
         """Return the feasible policy of least summed value, or None if none of the allowed candidates fit.
 
@@ -147,6 +153,37 @@ class Decisions:
 
     def _site(self, name: str) -> Site:
         return self.problem.trace[name]
+
+
+def losses_of_gains(gains: Tensor, draws: Tensor, errors: Tensor, decisions: Decisions) -> Tensor:
+    """Return what each candidate loses against the widest, ``[row, candidate]``, from the gains that a search measured.
+
+    To second order a step down loses in proportion to the quantization error it adds, so all gains of a row tell of one factor,
+    its sensitivity. A gain that was measured often counts for itself; one seldom or never measured is put at sensitivity times
+    error. A step never gains less than the one above it.
+
+    Args:
+        gains: sums of what a candidate was seen to gain over the next lower one, ``[row, candidate, upper or lower in use]``.
+        draws: how often, likewise.
+        errors: relative quantization error of every candidate, ``[row, candidate]``.
+        decisions: the rows.
+    """
+    mean = gains / draws.clamp_min(1e-9)
+    seen = draws > 0.5
+    measured = torch.where(seen.all(2), mean.mean(2), torch.where(seen, mean, 0.0).sum(2))
+    often = draws.sum(2)
+    added = torch.zeros_like(errors)
+    added[:, 1:] = (errors[:, :-1] - errors[:, 1:]).clamp_min(0)
+    sensitivity = (often * measured * added).sum(1) / (often * added.square()).sum(1).clamp_min(1e-30)
+    foretold = sensitivity.clamp_min(0)[:, None] * added
+    gain = ((often * measured + PRIOR * foretold) / (often + PRIOR)).clamp_min(0)
+    losses = torch.zeros_like(gain)
+    for r in decisions.free:
+        above = 0.0
+        for i in range(len(decisions.rows[r].widths) - 1, 0, -1):
+            above = max(above, float(gain[r, i])) + 1e-12
+            losses[r, i - 1] = losses[r, i] + above
+    return losses
 
 
 def logistic(count: int) -> Tensor:

@@ -24,7 +24,7 @@ from bitwright.driver import Proposal, Trial
 from bitwright.errors import RecipeError
 from bitwright.policy import Policy
 from bitwright.problem import Problem
-from bitwright.relaxation import Decisions, Granularity, logistic
+from bitwright.relaxation import Decisions, Granularity, logistic, losses_of_gains
 from bitwright.supernet import Supernet, SupernetMethod, SupernetState, tighten
 
 CHOICES = {
@@ -40,8 +40,6 @@ RATIO = 2.0
 """A gain, over the strength of the regularizer, counts for no more than this: one noisy batch must not undo many."""
 MEMORY = 50
 """Steps that the running mean of a β's gradient looks back, at most to its arrival at the width."""
-PRIOR = 30.0
-"""A gain measured n times counts n, what the row's other gains foretell counts this."""
 NOISE = 3.0
 """A mean gradient within so many of its standard errors of zero moves β less than the regularizer does."""
 
@@ -98,7 +96,7 @@ class SDQ(SupernetMethod[State]):
     beta: float = 0.99
     threshold: float = 0.1
     temperature: float = 1.0
-    speed: float = 2.0
+    speed: float = 1.5
     descent: float = 0.8
     final: Literal["allocate", "round"] = "allocate"
 
@@ -272,39 +270,17 @@ def rounded(beta: Tensor, level: Tensor) -> list[int]:
 
 
 def allocate_near(decisions: Decisions, state: State, index: list[int]) -> Policy | None:
-    """Return the feasible policy of least measured loss within one candidate of ``index``; further away if none is there."""
-    values = losses_of(decisions, state)
+    """Return the feasible policy of least measured loss within one candidate of ``index``; further away if none is there.
+
+    What the budgets still leave is spent on wider candidates, however far: every step up was measured on the way down.
+    """
+    values = losses_of_gains(state.gains, state.draws, state.errors, decisions)
     places = torch.arange(decisions.widest)[None]
     for reach in range(1, decisions.widest + 1):
         found = decisions.allocate(values, (places - torch.tensor(index)[:, None]).abs() <= reach)
         if found is not None:
-            return found
+            return decisions.allocate(values, places >= torch.tensor(decisions.index(found))[:, None])
     return None
-
-
-def losses_of(decisions: Decisions, state: State) -> Tensor:
-    """Return what each candidate loses against the widest, ``[row, candidate]``, from the gains measured on the way down.
-
-    To second order a step loses in proportion to the quantization error it adds, so all gains of a row tell of one factor, its
-    sensitivity. A gain that was measured often counts for itself; one seldom or never measured is put at sensitivity times error.
-    A step never gains less than the one above it.
-    """
-    mean = state.gains / state.draws.clamp_min(1e-9)
-    seen = state.draws > 0.5
-    measured = torch.where(seen.all(2), mean.mean(2), torch.where(seen, mean, 0.0).sum(2))
-    often = state.draws.sum(2)
-    added = torch.zeros_like(state.errors)
-    added[:, 1:] = (state.errors[:, :-1] - state.errors[:, 1:]).clamp_min(0)
-    sensitivity = (often * measured * added).sum(1) / (often * added.square()).sum(1).clamp_min(1e-30)
-    foretold = sensitivity.clamp_min(0)[:, None] * added
-    gain = ((often * measured + PRIOR * foretold) / (often + PRIOR)).clamp_min(0)
-    losses = torch.zeros_like(gain)
-    for r in decisions.free:
-        above = 0.0
-        for i in range(len(decisions.rows[r].widths) - 1, 0, -1):
-            above = max(above, float(gain[r, i])) + 1e-12
-            losses[r, i - 1] = losses[r, i] + above
-    return losses
 
 
 def alarms(decisions: Decisions, policy: Policy) -> dict[str, float]:

@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoint/finetune.safetensors"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Log = Callable[[Mapping[str, Any]], None]
 LEAST = {"epochs": 1, "max_steps": 1, "batch_size": 1} | dict.fromkeys(
-    ("lr", "warmup_epochs", "scale_lr", "momentum", "weight_decay", "label_smoothing", "bins", "bins_start", "ema"), 0
+    ("lr", "warmup_epochs", "scale_lr", "momentum", "weight_decay", "label_smoothing", "mixup", "bins", "bins_start", "ema"), 0
 )
 KNOWN = {
     "optimizer": ("sgd", "adam"),
@@ -57,6 +57,8 @@ class FinetuneOptions:
         weight_decay: on weights of convolutions and linear layers alone.
         low_bit_decay: halve the decay at 3 bits and quarter it at 2 and 1 (Esser et al., 2020, §3.1).
         label_smoothing: of the cross-entropy that is used without a teacher.
+        mixup: parameter of the Beta distribution by which pairs of images are blended (Zhang et al., 2018); 0 leaves it out. A
+            teacher labels the blended images themselves ("consistent teaching": Beyer et al., 2022).
         bins: largest weight of the bin regularization; 0 leaves it out (`losses.bin_regularization`).
         bins_start: share of training before it sets in.
         bins_reduction: ``sum`` (ours) or ``mean`` (published).
@@ -79,6 +81,7 @@ class FinetuneOptions:
     weight_decay: float = 1e-4
     low_bit_decay: bool = True
     label_smoothing: float = 0.0
+    mixup: float = 0.0
     bins: float = 0.0
     bins_start: float = 0.25
     bins_reduction: Reduction = "sum"
@@ -211,6 +214,8 @@ def _train(
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
     while progress.step < steps:
         x, y = draw_batch(data, progress.step, epoch_steps, options.batch_size, seed)
+        if options.mixup:
+            x, y = blend(x, y, options.mixup, data.classes)
         if options.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -262,6 +267,28 @@ def draw_batch(data: Split, step: int, epoch_steps: int, size: int, seed: int) -
     return data.batch(order[place * size : (place + 1) * size], generator)
 
 
+def blend(x: Tensor, y: Tensor, parameter: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Blend every image of a batch with another one of it, all in the same proportion, drawn by torch's global generator.
+
+    Args:
+        x: images ``[N, …]``.
+        y: labels, int64 ``[N]``.
+        parameter: a of the Beta(a, a) distribution of the proportion.
+        classes: number of classes.
+
+    Returns:
+        Images ``[N, …]``, and the blended one-hot labels ``[N, classes]``.
+
+    >>> x, y = blend(torch.eye(2), torch.tensor([0, 1]), 1.0, 2)
+    >>> bool(torch.allclose(x, y)), y.sum(1)
+    (True, tensor([1., 1.]))
+    """
+    share = torch.distributions.Beta(torch.tensor(parameter), torch.tensor(parameter)).sample().to(x)
+    other = torch.randperm(len(x)).to(x.device)
+    hot = F.one_hot(y, classes).to(x)
+    return x.lerp(x[other], share), hot.lerp(hot[other], share)
+
+
 def mix(seed: int, index: int, stream: int) -> int:
     """Return a seed for one of several independent streams.
 
@@ -296,8 +323,11 @@ def build_loss(model: nn.Module, teacher: nn.Module | None, options: FinetuneOpt
             if teacher is not None:
                 with torch.no_grad():
                     soft = teacher(x).float()
-        plain = teacher is None
-        value = F.cross_entropy(logits, y, label_smoothing=options.label_smoothing) if plain else distillation(logits, soft)
+        if teacher is not None:
+            value = distillation(logits, soft)
+        else:
+            target = F.pad(y, (0, logits.shape[1] - y.shape[1])) if y.is_floating_point() else y
+            value = F.cross_entropy(logits, target, label_smoothing=options.label_smoothing)
         if options.bins and layers:
             value = value + pull * torch.stack([bin_regularization(w, q, reduction=options.bins_reduction) for w, q in layers]).sum()
         return value

@@ -114,3 +114,27 @@ def _statistics(layer: QuantLayer, quantizer: WeightQuantizer) -> BinStatistics:
         _, counts = torch.unique(torch.round(value / step * 2), return_counts=True)
         share = counts / counts.sum()
         return BinStatistics(layer.bits.w, variance, float(-(share * share.log2()).sum()))
+
+
+def margin_ratio(features: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+    r"""Return how large classes are against how far apart: the large-margin regularizer of SEAM, reconstructed.
+
+    :math:`L_M = \frac{\mathrm{mean}_i \|z_i - \mu_{y_i}\|^2}{\mathrm{mean}_i\,\mathrm{mean}_{j \neq y_i} \|z_i - \mu_j\|^2}`:
+    intra-class compactness over inter-class separation, a Fisher-type ratio, which does not change with the scale of the
+    features and so needs no weight of its own. That SEAM (Tang et al., 2023) keeps both is published; their form is not.
+
+    Args:
+        features: ``[N, D]``, what enters the classifier.
+        labels: int64 ``[N]``.
+        centres: of the classes, ``[classes, D]``; no gradient enters them.
+
+    Returns:
+        0-dimensional: 0 where every sample lies on its class's centre, about 1 where classes do not differ.
+
+    >>> margin_ratio(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+    tensor(0.2500)
+    """
+    distances = (features[:, None] - centres.detach()[None]).square().sum(2)
+    own = distances.gather(1, labels[:, None])[:, 0]
+    others = (distances.sum(1) - own) / max(1, len(centres) - 1)
+    return own.mean() / others.mean().clamp_min(1e-12)
