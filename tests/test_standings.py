@@ -48,7 +48,7 @@ def test_a_planted_difference_is_found_and_said() -> None:
     assert first.startswith("Mixed widths beat uniform here: good (+9.87 points, +")
     assert first.endswith("p < 0.001).")
     assert second.startswith("Not significantly different from uniform: same (")
-    assert third.startswith("Best on the selection images is good; significantly worse than it: same (-9.77).")
+    assert third.startswith("Best on the selection images is good; significantly worse than it: same (-9.93).")
 
 
 def test_a_method_that_loses_to_uniform_is_said_to_lose() -> None:

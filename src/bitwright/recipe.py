@@ -358,7 +358,9 @@ def _known_method(label: str, named: Mapping[str, str]) -> type[Any]:
     try:
         return get_method(label)
     except RecipeError:
-        raise RecipeError(f"recipe: unknown key 'compare.options.{label}'; {nearest(label, [*named, *available()])}") from None
+        hint = nearest(label, dict.fromkeys([*named, *available()]))
+        what = f"recipe: compare.options.{label} is for no method and no label of compare.methods"
+        raise RecipeError(f"{what}; {hint}, or name it there as {label}=METHOD") from None
 
 
 def make_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
