@@ -235,7 +235,8 @@ def _recipe_of_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
-    return [*arguments.set, *seed]
+    proxy = [f"search.proxy={arguments.proxy}"] if getattr(arguments, "proxy", None) is not None else []
+    return [*arguments.set, *seed, *proxy]
 
 
 def _stage(arguments: argparse.Namespace, stage: str) -> dict[str, Any]:
@@ -335,6 +336,11 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="short for --set seed=N")
 
 
+def _proxy_flag(parser: argparse.ArgumentParser) -> None:
+    about = "search on another, smaller data set, with so many of its training images (default: 4 %% of the target's)"
+    parser.add_argument("--proxy", metavar="DATA[:IMAGES]", help=about)
+
+
 def _place_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: $BITWRIGHT_DATA)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default); runs repeat bit for bit on cpu")
@@ -404,9 +410,9 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS: dict[str, tuple[Any, ...]] = {
-    "run": (run_command, _target, _out_flag, _recipe_flags, _place_flags),
+    "run": (run_command, _target, _out_flag, _recipe_flags, _proxy_flag, _place_flags),
     "profile": (profile_command, _optional_target, _recipe_flags, _place_flags, _flag_recipe, _profile_flags),
-    "search": (search_command, _optional_target, _out_flag, _recipe_flags, _place_flags, _again_flag, _flag_recipe),
+    "search": (search_command, _optional_target, _out_flag, _recipe_flags, _proxy_flag, _place_flags, _again_flag, _flag_recipe),
     "finetune": (finetune_command, _run_target, _new_out_flag, _recipe_flags, _place_flags, _again_flag, _policy_flag),
     "evaluate": (evaluate_command, _run_target, _place_flags, _again_flag, _file_flag),
     "baselines": (baselines_command, _run_target, _place_flags, _again_flag),

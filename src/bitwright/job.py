@@ -20,11 +20,15 @@ from bitwright.exporters.packed import packed_overhead
 from bitwright.models import build, load_weights
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Choices, Problem, build_choices
+from bitwright.proxy import HELD_OUT, Proxy, adapt, default_images, reduced
 from bitwright.quant import quantize, verify_widths
 from bitwright.recipe import QuantizeOptions, Recipe, load_recipe, make_options
 from bitwright.runs import Run
 from bitwright.sites import Trace, trace
+from bitwright.training import FinetuneOptions
 
+PROXY = "proxy.safetensors"
+"""Where a run keeps the network that was adapted to its proxy data set."""
 Log = Callable[[str, Mapping[str, Any]], None]
 """Called with the name of a stage and one row of numbers."""
 
@@ -74,6 +78,10 @@ class Job:
         """The data set, its batches on the device."""
         section = self.recipe.data
         data = load_data(section.name, self.data_root, held_out=section.held_out, seed=self.recipe.seed, **section.options)
+        return self._moved(data)
+
+    def _moved(self, data: Data) -> Data:
+        """Return a data set whose batches are on the device."""
         if self.device.type == "cpu":
             return data
         fit, selection, test = (on_device(split, self.device) for split in (data.fit, data.selection, data.test))
@@ -149,6 +157,32 @@ class Job:
         seed = self.recipe.seed if seed is None else seed
         limits = self.budgets if budgets is None else budgets
         return Problem(model, self.trace, self.choices, limits, self.data, seed=seed, evaluate=evaluate)
+
+    @cached_property
+    def proxy(self) -> Proxy | None:
+        """The proxy that is searched on, its network trained on it once and kept in proxy.safetensors; None without one."""
+        section = self.recipe.search.proxy
+        if section is None:
+            return None
+        images = default_images(self.data) if section.images is None else section.images
+        held = max(1, round(HELD_OUT * images))
+        whole = load_data(section.name, self.data_root, held_out=held, seed=self.recipe.seed, **section.options)
+        data = self._moved(reduced(whole, images, self.recipe.seed))
+        file = self.run.inside(PROXY)
+        options = None if section.adapt is None else make_options(FinetuneOptions, section.adapt, "search.proxy.adapt")
+        known = file.is_file()
+        proxy = adapt(self.network, self.trace, self.data.shape, data, None if known else options, seed=self.recipe.seed)
+        if known:
+            saved = runs.load_tree(file)
+            proxy.model.load_state_dict(saved["model"])
+            return replace(proxy, sample_passes=saved["sample_passes"])
+        runs.save_tree(file, {"model": dict(proxy.model.state_dict()), "sample_passes": proxy.sample_passes})
+        return proxy
+
+    @cached_property
+    def search_problem(self) -> Problem:
+        """The problem that the search works on: the recipe's, or that of the proxy with the target's costs."""
+        return self.problem if self.proxy is None else self.problem.on(self.proxy.model, self.proxy.data)
 
     @cached_property
     def policy(self) -> Policy:

@@ -19,13 +19,14 @@ from torch import nn
 
 from bitwright import runs
 from bitwright.baselines import baselines_stage
+from bitwright.certificate import certify
 from bitwright.data import Split
 from bitwright.driver import SearchMethod, Stop, search
 from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.exporters import export
 from bitwright.exporters.packed import load
-from bitwright.job import Job
+from bitwright.job import PROXY, Job
 from bitwright.measure import found
 from bitwright.methods import get_method
 from bitwright.models import available, load_weights
@@ -116,9 +117,14 @@ def threads(count: int | None) -> Iterator[None]:
 def reopen(job: Job, stages: Sequence[str]) -> None:
     """Forget that some stages were finished, with what they left to resume from; their results stay until they are replaced."""
     job.run.reopen(*stages)
-    leftovers = {"search": "checkpoint/search-*", "finetune": "checkpoint/finetune*", "float": "float/*", "baselines": "baselines*"}
+    leftovers = {
+        "search": ("checkpoint/search-*", PROXY),
+        "finetune": ("checkpoint/finetune*",),
+        "float": ("float/*", PROXY),
+        "baselines": ("baselines*",),
+    }
     for name in stages:
-        for path in sorted(job.run.path.glob(leftovers.get(name, "no such file"))):
+        for path in sorted(path for pattern in leftovers.get(name, ()) for path in job.run.path.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -153,10 +159,10 @@ def float_stage(job: Job) -> dict[str, Any]:
 
 
 def search_stage(job: Job) -> dict[str, Any]:
-    """Find the policy; write sites.json, search.jsonl, search.json and policy.json."""
+    """Find the policy; write sites.json, search.jsonl, search.json and policy.json, after a proxy also certificate.json."""
     section = job.recipe.search
     method: SearchMethod[Any] = make_options(get_method(section.method), section.options, "search.options")
-    problem = job.problem
+    problem = job.search_problem
     write_json(job, "sites.json", job.sites_table())
     result = search(
         problem,
@@ -171,6 +177,11 @@ def search_stage(job: Job) -> dict[str, Any]:
         raise KeyboardInterrupt
     uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}
     record = found(job, problem, section.method, result)
+    if job.proxy is not None:
+        images = len(job.proxy.data.fit) + len(job.proxy.data.selection)
+        record["proxy"] = {"data": job.proxy.data.name, "images": images, "adaptation_passes": job.proxy.sample_passes}
+        record["sample_passes"] += job.proxy.sample_passes
+        write_json(job, "certificate.json", certify(job.problem, problem, result.policy))
     write_json(job, "search.json", {**record, "uniform": uniform})
     return {name: record[name] for name in ("method", "status", "steps", "loss", "costs")}
 

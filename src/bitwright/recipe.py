@@ -63,6 +63,15 @@ class TeacherSection(Section):
     weights: str | None = None
 
 
+class ProxySection(Section):
+    """Another, smaller data set to search on: which, how many of its training images, and how the network is adapted to it."""
+
+    name: str
+    images: int | None = Field(default=None, ge=2)
+    options: Options = Field(default_factory=dict)
+    adapt: Options | None = Field(default_factory=lambda: {"epochs": 5, "lr": 0.02})
+
+
 class SearchSection(Section):
     """Which method looks for the policy, what it may choose from and what it may spend."""
 
@@ -79,6 +88,16 @@ class SearchSection(Section):
     seconds: float | None = Field(default=None, gt=0)
     save_every: int = Field(default=50, ge=1)
     never_worse: bool = False
+    proxy: ProxySection | None = None
+
+    @field_validator("proxy", mode="before")
+    @classmethod
+    def _named_proxy(cls, value: object) -> object:
+        """Read ``cifar100`` and ``cifar100:2000`` as a proxy's name and number of images."""
+        if not isinstance(value, str):
+            return value
+        name, _, images = value.partition(":")
+        return {"name": name, "images": images or None}
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -323,7 +342,8 @@ def _check_options(recipe: Recipe) -> None:
     """Check the free sections against the dataclasses that will receive them, before anything runs."""
     make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
     make_options(QuantizeOptions, recipe.quantize, "quantize")
-    for place, section in (("float", recipe.float_training), ("finetune", recipe.finetune)):
+    adapt = None if recipe.search.proxy is None else recipe.search.proxy.adapt
+    for place, section in (("float", recipe.float_training), ("finetune", recipe.finetune), ("search.proxy.adapt", adapt)):
         if section is not None:
             make_options(FinetuneOptions, section, place)
     if recipe.export is not None:

@@ -34,6 +34,7 @@ class Facts:
         evaluation: evaluation.json.
         baselines: baselines.json.
         artefact: export/export.json.
+        certificate: certificate.json, of a search on a proxy.
     """
 
     manifest: Row
@@ -48,6 +49,7 @@ class Facts:
     evaluation: Row
     baselines: Row
     artefact: Row
+    certificate: Row
 
     @property
     def name(self) -> str:
@@ -79,6 +81,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         evaluation=_json(run.path / "evaluation.json"),
         baselines=_json(run.path / "baselines.json"),
         artefact=_json(run.path / "export" / "export.json"),
+        certificate=_json(run.path / "certificate.json"),
     )
 
 
@@ -109,6 +112,8 @@ def alarms(facts: Facts) -> list[str]:
     found = []
     if facts.found.get("status") == "stopped":
         found.append("The search was stopped by a step or time limit before the method was done.")
+    if facts.certificate and not facts.certificate["safe"]:
+        found.append("The policy is not safe to transfer from its proxy: " + "; ".join(facts.certificate["reasons"]) + ".")
     found += _search_alarms(facts)
     found += _unspent(facts)
     found += _accuracy_alarms(facts)

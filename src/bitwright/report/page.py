@@ -13,6 +13,7 @@ from bitwright.report.comparison import is_comparison, render_comparison
 from bitwright.report.facts import Facts, Row, alarms, expected_bits, read_facts
 from bitwright.report.parts import cells, document, pairs, table, tile
 from bitwright.report.table import HEADINGS, accuracy_text, amount, bits_text, policy_rows, same_finetuning, size_text
+from bitwright.report.transfer import transfer
 
 HALF = 400
 """User units across a chart that shares its row with another."""
@@ -213,4 +214,4 @@ def _stage_text(stage: Row) -> str:
     return f"finished {stage['finished']}{seconds}"
 
 
-SECTIONS: tuple[Callable[[Facts], str], ...] = (_headline, _alarms, _policies, _bits, _trajectory, _curves, _bins, _provenance)
+SECTIONS: tuple[Callable[[Facts], str], ...] = (_headline, _alarms, _policies, _bits, transfer, _trajectory, _curves, _bins, _provenance)

@@ -59,4 +59,6 @@ def _notes(facts: Facts) -> list[str]:
         notes.append(f"mean of {verdict['n']} random policies: {mean}; the found one is {100 * abs(verdict['gap']):.2f} points {side}")
     if facts.found and not facts.evaluation:
         notes += [f"found: {text}" for text in facts.found["budgets"]]
+    if facts.certificate and facts.certificate["safe"]:
+        notes.append("safe to transfer from the proxy: " + "; ".join(facts.certificate["reasons"]))
     return notes + [f"! {text}" for text in alarms(facts)]

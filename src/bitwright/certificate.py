@@ -1,0 +1,146 @@
+"""The transfer certificate: whether a policy that was searched on a proxy dataset suits the target.
+
+No label of the target is used, and few of its images. Two things are asked. Do the layers that are sensitive on the proxy matter on the
+target too: the rank correlation of layer sensitivities? And is the policy that was found better on the target than the uniform one of
+the same budget: by the sum of the target's own sensitivities? Class margins of the float network, the uniform policy and the
+found one stand beside them. Reconstructed: SEAM (Tang et al., 2023) argues with margins, but publishes no such check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from bitwright.data import Split, TensorSplit
+from bitwright.margins import features_of, margins_of
+from bitwright.methods.fisher import Fisher
+from bitwright.policy import Policy
+from bitwright.problem import Problem
+from bitwright.quant import quantize
+
+SAMPLE = 256
+"""Images of the target, and of the proxy, on which sensitivities and margins are taken."""
+CORRELATION = 0.7
+"""Least rank correlation of layer sensitivities of a proxy that counts as safe; benchmarks/transfer.py measures what it is worth."""
+BINS = 24
+DRAWS = 2000
+
+
+def certify(target: Problem, proxy: Problem, policy: Policy) -> dict[str, Any]:
+    """Return the certificate of a policy that was searched on a proxy, as JSON-able data.
+
+    Args:
+        target: the target's float network and data; only ``SAMPLE`` unlabelled fit images of it are looked at.
+        proxy: the adapted network and the proxy's data, with the same sites.
+        policy: what the search found.
+
+    Returns:
+        ``correlation`` (Spearman's, its 95 % bootstrap interval, per-layer sensitivities on both), ``predicted`` (summed target
+        sensitivity of the found and the uniform policy), ``margins`` (histograms and means), ``safe`` and the ``reasons``.
+    """
+    known = {"target": scores_of(target), "proxy": scores_of(proxy)}
+    layers = {name: layer_sensitivities(target, scores) for name, scores in known.items()}
+    correlation = rank_correlation(layers["proxy"], layers["target"], seed=target.seed)
+    uniform = target.uniform()
+    named = {"found": policy} if uniform is None else {"found": policy, "uniform": uniform}
+    predicted = {name: predicted_loss(target, known["target"], chosen) for name, chosen in named.items()}
+    safe, reasons = verdict(correlation["value"], predicted)
+    return {
+        "safe": safe,
+        "reasons": reasons,
+        "threshold": CORRELATION,
+        "samples": min(SAMPLE, len(target.data.fit)),
+        "correlation": {**correlation, "layers": {site: [layers["proxy"][site], layers["target"][site]] for site in layers["target"]}},
+        "predicted": predicted,
+        "margins": {name: histograms(problem, named) for name, problem in (("target", target), ("proxy", proxy))},
+    }
+
+
+def scores_of(problem: Problem) -> dict[str, Tensor]:
+    """Return the label-free Fisher sensitivity of every choice of every site, on few images."""
+    return Fisher(samples=min(SAMPLE, len(problem.data.fit))).scores(problem)
+
+
+def layer_sensitivities(problem: Problem, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return one number for each free site: the mean logarithm of what its choices but the widest add to the loss."""
+    free = [site.name for site in problem.sites if site.name not in problem.pins]
+    return {name: float(scores[name].clamp_min(1e-30).log()[scores[name] > scores[name].min()].mean().nan_to_num(-69.0)) for name in free}
+
+
+def rank_correlation(a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0) -> dict[str, Any]:
+    """Return Spearman's rank correlation of two sets of numbers by name, with a 95 % bootstrap interval over the names.
+
+    Fewer than three names, or equal numbers, have none: its value is then 0.
+
+    >>> rank_correlation({"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 5.0, "b": 6.0, "c": 9.0})["value"]
+    1.0
+    """
+    x, y = (np.array([numbers[name] for name in a]) for numbers in (a, b))
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {"value": 0.0, "interval": [-1.0, 1.0], "n": len(x)}
+    rng = np.random.default_rng(seed)
+    samples = (chosen for chosen in rng.integers(0, len(x), (DRAWS, len(x))) if np.ptp(x[chosen]) > 0 and np.ptp(y[chosen]) > 0)
+    draws = [float(stats.spearmanr(x[chosen], y[chosen]).statistic) for chosen in samples]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"value": round(float(stats.spearmanr(x, y).statistic), 12), "interval": [float(low), float(high)], "n": len(x)}
+
+
+def predicted_loss(problem: Problem, scores: Mapping[str, Tensor], policy: Policy) -> float:
+    """Return the summed sensitivity of a policy's choices."""
+    places = problem.index(policy)
+    return float(sum(scores[name][place] for name, place in zip(problem.choices, places, strict=True)))
+
+
+def verdict(correlation: float, predicted: Mapping[str, float]) -> tuple[bool, list[str]]:
+    """Return whether a policy is safe to transfer, and why.
+
+    >>> verdict(0.9, {"found": 1.0, "uniform": 2.0})[0], verdict(0.1, {"found": 1.0, "uniform": 2.0})[0]
+    (True, False)
+    """
+    ranked = correlation >= CORRELATION
+    side = "at least" if ranked else "below"
+    reasons = [f"layer sensitivities on proxy and target have rank correlation {correlation:.2f}, {side} the threshold {CORRELATION}"]
+    better = "uniform" not in predicted or predicted["found"] <= predicted["uniform"]
+    if "uniform" in predicted:
+        side = "no more than" if better else "more than"
+        found, uniform = predicted["found"], predicted["uniform"]
+        reasons.append(f"the target's sensitivities foretell a loss of {found:.4g}, {side} the uniform policy's {uniform:.4g}")
+    return ranked and better, reasons
+
+
+def histograms(problem: Problem, policies: Mapping[str, Policy]) -> dict[str, Any]:
+    """Return the class margins of the float network and of some policies: their means and histograms on common edges.
+
+    The margin is the distance to the nearest boundary of the class that the float network answers, over the spread of the
+    features, so it needs no label; policies are applied without training.
+    """
+    fit, head = problem.data.fit, problem.trace[problem.trace.last].layers[0]
+    order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(problem.seed))[:SAMPLE]
+    images, _ = fit.batch(order)
+    device = next(problem.model.parameters()).device
+    split = _answered(problem, head, images)
+    networks = {"float": problem.model}
+    for name, policy in policies.items():
+        calibration = images.to(device)
+        networks[name] = quantize(problem.model, policy, calibration=calibration, correct=("batchnorm",), sites=problem.sites)
+    margins = {name: margins_of(network, head, split) for name, network in networks.items()}
+    low, high = (float(torch.quantile(torch.cat(list(margins.values())), q)) for q in (0.005, 0.995))
+    edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
+    counts = {name: np.histogram(values.numpy().clip(low, edges[-1]), edges)[0].tolist() for name, values in margins.items()}
+    return {"edges": edges.tolist(), "counts": counts, "mean": {name: float(values.mean()) for name, values in margins.items()}}
+
+
+def _answered(problem: Problem, head: str, images: Tensor) -> Split:
+    """Return images labelled by the float network's own answers."""
+    unlabelled = TensorSplit(images.cpu(), torch.zeros(len(images), dtype=torch.long))
+    z, _ = features_of(problem.model, head, unlabelled)
+    layer = problem.model.get_submodule(head)
+    logits = z @ layer.get_parameter("weight").detach().float().cpu().T
+    if isinstance(layer.bias, Tensor):
+        logits = logits + layer.bias.detach().float().cpu()
+    return TensorSplit(images.cpu(), logits.argmax(1), classes=logits.shape[1])
