@@ -182,7 +182,7 @@ class TestStale:
     def test_choices_that_were_not_measured(self, table, problem):
         wider = {**problem.choices, "branches.2": (Bits(3, 4), Bits(8, 8))}
         with pytest.raises(
-            RunError, match=r"measured on other choices: site 'branches\.2' has W2A4, W2A8, .* and not W3A4; measure it anew"
+            RunError, match=r"other choices: site 'branches\.2' has W2A4, W2A8, .* and not W3A4; measure it anew"
         ):
             table.solve(on(problem, choices=wider))
 

@@ -59,7 +59,7 @@ def test_a_site_at_a_width_is_what_quantize_makes_of_it(net, images, traced, bit
     for site in traced.sites:
         own = Bits(bits.a, bits.a) if site.operands == 2 else bits
         expected = quantize(net, everything.replace({site.name: own}), calibration=images, sites=traced.sites)
-        with torch.no_grad(), bench.at(site.name, own):
+        with torch.no_grad(), bench.at({site.name: own}):
             assert torch.equal(bench.network(images), expected(images)), site.name
     with torch.no_grad():
         assert torch.equal(bench.network(images), net(images))
@@ -67,8 +67,24 @@ def test_a_site_at_a_width_is_what_quantize_makes_of_it(net, images, traced, bit
 
 def test_a_site_comes_back_to_float_after_an_error(net, images, traced):
     bench = Bench(net, traced.sites, images, weights=[2])
-    with pytest.raises(ZeroDivisionError), bench.at("stem", Bits(2, 32)):
+    with pytest.raises(ZeroDivisionError), bench.at({"stem": Bits(2, 32)}):
         raise ZeroDivisionError
+    with torch.no_grad():
+        assert torch.equal(bench.network(images), net(images))
+
+
+def test_several_sites_at_once_and_quantizers_made_only_when_asked_for(net, images, traced):
+    bench = Bench(net, traced.sites, images)
+    assert all(not place.weights and not place.inputs for place in bench.places.values())
+    policies = [
+        {name: Bits(2 + k % 3, 4) if traced[name].operands == 1 else Bits(4, 4) for k, name in enumerate(traced.names)},
+        {name: Bits(3, 8) if traced[name].operands == 1 else Bits(8, 8) for name in traced.names},
+    ]
+    for policy in [*policies, *policies]:
+        with torch.no_grad(), bench.at(policy):
+            assert torch.equal(bench.network(images), quantize(net, Policy(policy), calibration=images, sites=traced.sites)(images))
+    assert bench.passes == 16  # the second time nothing is calibrated
+    assert set(bench.places["stem"].weights) == {2, 3}
     with torch.no_grad():
         assert torch.equal(bench.network(images), net(images))
 
@@ -90,7 +106,7 @@ def test_a_replayed_run_equals_a_whole_one(net, images, traced, limit):
         start = replay.first_call(modules)
         assert start == {"stem": 0, "twice": 1, "last": 3}.get(site.name, 0)  # calls are not watched: all of it runs
         bits = Bits(2, 2) if site.operands == 2 else Bits(2, 32)
-        with torch.no_grad(), bench.at(site.name, bits):
+        with torch.no_grad(), bench.at({site.name: bits}):
             whole = bench.network(images)
             with replay.playing(tape, start):
                 assert torch.equal(bench.network(images), whole)

@@ -113,7 +113,7 @@ class _Measure:
     def _measured(self, site: Site, bits: Bits) -> float:
         start = self.replay.first_call(place.module for place in self.bench.places.values() if place.site is site)
         self.problem.spend(round(self.seen * self._share(site) if start else self.seen))
-        with torch.no_grad(), self.bench.at(site.name, bits):
+        with torch.no_grad(), self.bench.at({site.name: bits}):
             if self.corrects:
                 with self.replay.playing(self.settling, start):
                     correct_batchnorm(self.bench.network, self.reference.model, self.reference.calibration, self.reference.statistics)

@@ -85,8 +85,21 @@ class Place:
         for slot, module in zip(_slots(self.module), modules, strict=True):
             setattr(self.module, slot, module)
 
+    def lacking(self, bits: Bits) -> Bits:
+        """Return the widths of a choice whose quantizers are not known yet; 32 stands for what is."""
+        product = isinstance(self.module, ProductCall)
+        known = product or bits.w >= UNTOUCHED or bits.w in self.weights
+        return Bits(32 if known else bits.w, 32 if bits.a >= UNTOUCHED or bits.a in self.inputs else bits.a)
+
+    def learn(self, module: QuantLayer | ProductCall, bits: Bits) -> None:
+        """Take over the quantizers of some widths from a conversion."""
+        if bits.a < UNTOUCHED:
+            self.inputs[bits.a] = tuple(getattr(module, slot) for slot in _slots(module))
+        if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
+            self.weights[bits.w] = module.weight_quantizer
+
     def weight_error(self, width: int) -> Tensor:
-        """Return what a width changes in the weight."""
+        """Return what a width, its quantizer known, changes in the weight."""
         assert isinstance(self.module, QuantLayer)
         self.put(Bits(width, 32))
         error = (self.module.quantized_weight() - self.module.weight).detach()
@@ -97,12 +110,14 @@ class Place:
 class Bench:
     """The copy, in evaluation mode, and its places.
 
+    Quantizers are calibrated when they are first asked for, and kept.
+
     Args:
         model: float network.
         sites: the sites to look at; layers of others stay as they are.
         images: calibration inputs ``[N, …]``, on the model's device.
-        weights: weight widths to calibrate.
-        inputs: widths of input activations to calibrate.
+        weights: weight widths to calibrate at once, at every site.
+        inputs: widths of input activations to calibrate at once, at every site.
 
     Attributes:
         network: the copy.
@@ -111,8 +126,8 @@ class Bench:
 
     >>> from bitwright.sites import trace
     >>> net, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(1, 4)
-    >>> bench = Bench(net, trace(net, x).sites, x, weights=[2, 8])
-    >>> with bench.at("0", Bits(2, 32)):
+    >>> bench = Bench(net, trace(net, x).sites, x)
+    >>> with bench.at({"0": Bits(2, 32)}):
     ...     len(bench.network[0].quantized_weight().unique()) <= 8
     True
     >>> torch.equal(bench.network(x), net(x))
@@ -120,33 +135,43 @@ class Bench:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], images: Tensor, *, weights: Iterable[int] = (), inputs: Iterable[int] = ()):
+        self._model, self._sites, self._images, self.passes = model, sites, images, 0
         owner = {address: site for site in sites for address in site.layers}
         # A product of two activations has a place of its own only where it is quantized.
-        self.network, modules = _shells(model, sites, images, {s.name: Bits(1, 1) if s.operands == 2 else FLOAT for s in sites})
+        self.network, modules = self._converted({site.name: Bits(1, 1) if site.operands == 2 else FLOAT for site in sites})
         self.places = {address: Place(owner[address], module) for address, module in modules.items() if address in owner}
-        narrow = [sorted({width for width in widths if width < UNTOUCHED}) for widths in (weights, inputs)]
-        for bits in [Bits(width, 32) for width in narrow[0]] + [Bits(32, width) for width in narrow[1]]:
-            self._calibrate(bits, _shells(model, sites, images, {site.name: bits for site in sites})[1])
-        self.passes = len(images) * len(narrow[1])
         for place in self.places.values():
             place.put(FLOAT)
         self.network.eval()
+        for bits in [Bits(width, 32) for width in sorted(set(weights))] + [Bits(32, width) for width in sorted(set(inputs))]:
+            self.calibrate({site.name: bits for site in sites})
 
-    def _calibrate(self, bits: Bits, modules: Mapping[str, QuantLayer | ProductCall]) -> None:
-        """Take over the quantizers of one width from a conversion of all sites."""
-        for address, place in self.places.items():
-            module = modules.get(address)
-            if bits.a < UNTOUCHED and module is not None:
-                place.inputs[bits.a] = tuple(getattr(module, slot) for slot in _slots(module))
-            elif isinstance(module, QuantLayer) and module.weight_quantizer is not None:
-                place.weights[bits.w] = module.weight_quantizer
+    def _converted(self, policy: Mapping[str, Bits]) -> tuple[nn.Module, dict[str, QuantLayer | ProductCall]]:
+        """Return a quantized copy, and by address the module that quantizes there."""
+        quantized = quantize(self._model, Policy(policy), calibration=self._images, sites=self._sites)
+        found = {call_address(path): module for path, module in quantized.named_modules() if isinstance(module, (QuantLayer, ProductCall))}
+        return quantized, found
+
+    def calibrate(self, policy: Mapping[str, Bits]) -> None:
+        """Make the quantizers of a policy ready; those that are known are not made again."""
+        lacking = {site.name: FLOAT for site in self._sites}
+        for place in self.places.values():
+            name = place.site.name
+            lacking[name] = Bits(*map(min, lacking[name], place.lacking(policy.get(name, FLOAT))))
+        if all(bits == FLOAT for bits in lacking.values()):
+            return
+        self.passes += len(self._images) * any(bits.a < UNTOUCHED for bits in lacking.values())
+        for address, module in self._converted(lacking)[1].items():
+            if address in self.places:
+                self.places[address].learn(module, lacking[self.places[address].site.name])
 
     @contextmanager
-    def at(self, site: str, bits: Bits) -> Iterator[None]:
-        """Put a site at some of its widths for a while."""
-        places = [place for place in self.places.values() if place.site.name == site]
+    def at(self, policy: Mapping[str, Bits]) -> Iterator[None]:
+        """Put some sites at some of their widths for a while."""
+        self.calibrate(policy)
+        places = [place for place in self.places.values() if place.site.name in policy]
         for place in places:
-            place.put(bits)
+            place.put(policy[place.site.name])
         try:
             yield
         finally:
@@ -218,12 +243,3 @@ class Replay:
 
 def _slots(module: nn.Module) -> tuple[str, ...]:
     return OPERANDS[isinstance(module, ProductCall)]
-
-
-def _shells(
-    model: nn.Module, sites: Sequence[Site], images: Tensor, policy: Mapping[str, Bits]
-) -> tuple[nn.Module, dict[str, QuantLayer | ProductCall]]:
-    """Return a quantized copy, and by address the module that quantizes there."""
-    quantized = quantize(model, Policy(policy), calibration=images, sites=sites)
-    found = {call_address(path): module for path, module in quantized.named_modules() if isinstance(module, (QuantLayer, ProductCall))}
-    return quantized, found

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from bitwright.errors import PolicyError, nearest
 from bitwright.policy import Policy
-from bitwright.quant.batchnorm import collect
-from bitwright.quant.convert import quantize
-from bitwright.quant.functional import UNTOUCHED
+from bitwright.quant.batchnorm import collect, correct_batchnorm
+from bitwright.quant.bench import Bench
 
 if TYPE_CHECKING:
     from bitwright.data import Split
@@ -79,11 +80,24 @@ class ReferenceLoss:
         with torch.no_grad():
             return torch.cat([model(chunk) for chunk in torch.split(self.images, CHUNK)])
 
+    @cached_property
+    def _bench(self) -> Bench:
+        return Bench(self.model, self.sites, self.calibration)
+
     def __call__(self, policy: Policy) -> float:
-        """Return the divergence that a policy causes."""
-        observed = len(self.calibration) * any(bits.a < UNTOUCHED for bits in policy.values())
-        self.spend(len(self.images) + len(self.calibration) + observed)
-        quantized = quantize(
-            self.model, policy, calibration=self.calibration, correct=("batchnorm",), sites=self.sites, float_statistics=self.statistics
-        )
-        return float(divergence(self.outputs, self._outputs(quantized.eval())))
+        """Return the divergence that a policy causes; raises `PolicyError` unless it has every site, and no other."""
+        names = [site.name for site in self.sites]
+        for name in [*names, *policy]:
+            if name not in policy or name not in names:
+                what = f"site '{name}' has no entry; add it" if name in names else f"the model has no site '{name}'; {nearest(name, names)}"
+                raise PolicyError(f"policy: {what}")
+        network, calibrated = self._bench.network, self._bench.passes
+        kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        with torch.no_grad(), self._bench.at(policy):
+            correct_batchnorm(network, self.model, self.calibration, self.statistics)
+            outputs = self._outputs(network)
+            for name, buffer in network.named_buffers():
+                if name in kept:
+                    buffer.copy_(kept[name])
+        self.spend(len(self.images) + len(self.calibration) + self._bench.passes - calibrated)
+        return float(divergence(self.outputs, outputs))
