@@ -6,6 +6,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,9 +114,7 @@ def landscape(rows: list[Row]) -> str:
         "roughness": ("roughness", lambda value: number(value, 4)),
         "hump": ("hump", lambda value: number(value, 4)),
     }
-    text = (
-        "All inner layers of ResNet-20 between two adjacent widths; roughness is the mean squared second difference of the loss."
-    )
+    text = "All inner layers of ResNet-20 between two adjacent widths; roughness is the mean squared second difference of the loss."
     return f"## The landscape between adjacent widths\n\n{text}\n\n{table(rows, columns)}\n"
 
 
@@ -145,7 +144,68 @@ def layers(rows: list[Row]) -> str:
     return f"### In-bin variance and occupancy, per layer\n\n{table(rows, columns)}\n"
 
 
+def compared(rows: list[Row]) -> str:
+    """Return the section of a comparison of methods: a table a budget and stage."""
+    network = rows[0]["network"]
+    means = [row for row in rows if row["seed"] == "mean"]
+    seeds = sorted({row["seed"] for row in rows if row["seed"] != "mean"})
+    lead = (
+        f"Seeds: {', '.join(seeds)}. A row is a mean over seeds, in the order of the accuracy on the held-out images; ± is its 95 % "
+        "interval over seeds and test images. The difference to uniform is in points, its interval and p-value Holm-corrected within "
+        "the table ([how](compare.md)). Widths counts distinct pairs in free sites, passes are images through a network in search "
+        "(a backward pass counts two)."
+    )
+    parts = [f"## Methods compared: {network}\n\n{lead}\n"]
+    for budget, stage in dict.fromkeys((row["budget"], row["stage"]) for row in means):
+        own = [row for row in means if (row["budget"], row["stage"]) == (budget, stage)]
+        settings = json.loads(own[0]["finetune"])
+        length = f"{settings['epochs']} epochs" + (f", at most {settings['max_steps']} steps" if settings.get("max_steps") else "")
+        parts.append(f"### {budget}, {stage} stage ({length})\n\n{_compared_table(own)}\n\n{_verdict(own)}\n")
+    return "\n".join(parts)
+
+
+def _compared_table(rows: list[Row]) -> str:
+    shown = [row | {"±": _half(row), "to uniform": _difference(row)} for row in rows if not row["left_out"]]
+    columns = {
+        "method": ("method", str),
+        "top-1 %": ("top1", percent),
+        "±": ("±", str),
+        "to uniform": ("to uniform", str),
+        "p": ("p_value", number),
+        "weight bits": ("average_weight_bits", number),
+        "activation bits": ("average_activation_bits", number),
+        "BitOps (G)": ("bitops", giga),
+        "bytes": ("size", lambda value: f"{float(value):.0f}"),
+        "widths": ("widths", lambda value: number(value, 1)),
+        "search (s)": ("search_seconds", lambda value: number(value, 1)),
+        "passes": ("search_sample_passes", lambda value: f"{float(value):,.0f}"),
+    }
+    return table(shown, columns)
+
+
+def _half(row: Row) -> str:
+    return percent(str(max(float(row["top1"]) - float(row["low"]), float(row["high"]) - float(row["top1"]))))
+
+
+def _difference(row: Row) -> str:
+    if not row["difference"]:
+        return f"= {row['same_as']}" if row["same_as"] else ""
+    low, high = (f"{100 * float(row[name]):+.2f}" for name in ("difference_low", "difference_high"))
+    return f"{100 * float(row['difference']):+.2f} ({low} to {high})"
+
+
+def _verdict(rows: list[Row]) -> str:
+    """Return whether mixed widths beat uniform, as the table says."""
+    sure = [row for row in rows if row["p_value"] and float(row["p_value"]) <= 0.05]
+    better, worse = ([row["method"] for row in sure if sign * float(row["difference"]) > 0] for sign in (1, -1))
+    text = f"Significantly better than uniform: {', '.join(better) or 'none'}; significantly worse: {', '.join(worse) or 'none'}."
+    left = [f"{row['method']} ({row['left_out']})" for row in rows if row["left_out"]]
+    return text + (f" Left out: {'; '.join(left)}." if left else "")
+
+
 SECTIONS = {
+    "compare-cifar10-resnet20": compared,
+    "compare-resnet8": compared,
     "quick-recipes": quick,
     "equal-finetuning": equal,
     "qat-step-cpu-bfloat16": step,

@@ -389,3 +389,16 @@ def test_bad_commands_are_one_line(
     assert cli.main(["compare", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_search_on_a_proxy_is_one_here_too(tmp_path: Path) -> None:
+    recipe = recipe_of(methods=["fisher"], seeds=[0], options={}, long=None, short={"max_steps": 1})
+    recipe["search"]["proxy"] = {"name": "digits", "images": 200, "adapt": None}
+    (table,) = compare(recipe, tmp_path / "run")["tables"]
+    (fisher,) = [entry for entry in table["methods"] if entry["label"] == "fisher"]
+    search_ = fisher["rows"][0]["search"]
+    assert (search_["proxy"]["data"], search_["proxy"]["images"]) == ("digits", 200)
+    assert search_["sample_passes"] > search_["proxy"]["adaptation_passes"] > 0  # at least its statistics were taken anew
+    assert (tmp_path / "run/seeds/0/proxy.safetensors").is_file()
+    with pytest.raises(RunError, match=r"it differs in search.proxy.*; give another --out"):
+        compare(recipe_of(), tmp_path / "run")

@@ -303,7 +303,7 @@ class Comparison:
         job, section = self.job(entry.seed), self.recipe.search
         name, label = self.plan.methods[entry.label], entry.label
         method: SearchMethod[Any] = make_options(get_method(name), self.plan.options[label], f"compare.options.{label}")
-        problem = job.problem_of(job.network, budgets=job.parse_budgets(entry.budget))
+        problem = job.on_proxy(job.problem_of(job.network, budgets=job.parse_budgets(entry.budget)))
         tell = f"{entry.label} search"
         stop = Stop(section.steps, section.seconds)
         result = search(problem, method, out=folder, stop=stop, log=lambda row: self.log(tell, row), save_every=section.save_every)
@@ -354,7 +354,7 @@ class Comparison:
         """Return the job of a seed, its float network there; only the last one asked for is kept in memory."""
         path = self.run.inside("seeds", str(seed))
         if self._job is None or self._job.recipe.seed != seed:
-            with claim(path, wait=True):  # another process may be training the float network
+            with claim(path, wait=True):  # another process may be training the float network, or the proxy's
                 job = Job.open(_of_seed(self.recipe, seed), path, data_root=self.data_root, device=self.device, log=self.log)
                 self._check(job)
                 if not job.run.finished("float"):
@@ -362,6 +362,8 @@ class Comparison:
                     job.run.finish("float", **float_stage(job))
                     score = evaluate(job.network, job.data.test)
                     runs.write_text_atomic(path / "float.json", json.dumps(score.to_dict()) + "\n")
+                if job.proxy is not None:
+                    job.log("proxy", {"status": f"ready for seed {seed}"})
             self._job = job
         return self._job
 

@@ -159,15 +159,22 @@ class Job:
         return Problem(model, self.trace, self.choices, limits, self.data, seed=seed, evaluate=evaluate)
 
     @cached_property
-    def proxy(self) -> Proxy | None:
-        """The proxy that is searched on, its network trained on it once and kept in proxy.safetensors; None without one."""
+    def proxy_data(self) -> Data | None:
+        """The proxy's images; None where the recipe has no proxy."""
         section = self.recipe.search.proxy
         if section is None:
             return None
         images = default_images(self.data) if section.images is None else section.images
         held = max(1, round(HELD_OUT * images))
         whole = load_data(section.name, self.data_root, held_out=held, seed=self.recipe.seed, **section.options)
-        data = self._moved(reduced(whole, images, self.recipe.seed))
+        return self._moved(reduced(whole, images, self.recipe.seed))
+
+    @cached_property
+    def proxy(self) -> Proxy | None:
+        """The proxy that is searched on, its network trained on it once and kept in proxy.safetensors; None without one."""
+        section, data = self.recipe.search.proxy, self.proxy_data
+        if section is None or data is None:
+            return None
         file = self.run.inside(PROXY)
         options = None if section.adapt is None else make_options(FinetuneOptions, section.adapt, "search.proxy.adapt")
         known = file.is_file()
@@ -182,7 +189,11 @@ class Job:
     @cached_property
     def search_problem(self) -> Problem:
         """The problem that the search works on: the recipe's, or that of the proxy with the target's costs."""
-        return self.problem if self.proxy is None else self.problem.on(self.proxy.model, self.proxy.data)
+        return self.on_proxy(self.problem)
+
+    def on_proxy(self, problem: Problem) -> Problem:
+        """Return a problem of this recipe as its search sees it: on the proxy, where there is one."""
+        return problem if self.proxy is None else problem.on(self.proxy.model, self.proxy.data)
 
     @cached_property
     def policy(self) -> Policy:

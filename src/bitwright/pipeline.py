@@ -95,6 +95,7 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
     if "float" in todo or "search" in todo:
         check_trainable(job.recipe)
         job.problem_of(job.untrained).check()
+        job.proxy_data  # noqa: B018  (a proxy that is not there is an error before anything is trained)
     for name in todo:
         started = time.monotonic()
         job.log(name, {"status": "started"})
@@ -178,9 +179,6 @@ def search_stage(job: Job) -> dict[str, Any]:
     uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}
     record = found(job, problem, section.method, result)
     if job.proxy is not None:
-        images = len(job.proxy.data.fit) + len(job.proxy.data.selection)
-        record["proxy"] = {"data": job.proxy.data.name, "images": images, "adaptation_passes": job.proxy.sample_passes}
-        record["sample_passes"] += job.proxy.sample_passes
         write_json(job, "certificate.json", certify(job.problem, problem, result.policy))
     write_json(job, "search.json", {**record, "uniform": uniform})
     return {name: record[name] for name in ("method", "status", "steps", "loss", "costs")}
