@@ -1,0 +1,77 @@
+"""The transfer certificate: correlation, predicted loss, margins, verdict."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bitwright.certificate import certify, layer_sensitivities, predicted_loss, rank_correlation, scores_of, verdict
+from bitwright.data import TensorSplit
+from bitwright.problem import SearchData
+from bitwright.testing import Planted, planted
+
+
+@pytest.fixture(scope="module")
+def plant() -> Planted:
+    return planted("linear", 0)
+
+
+def test_a_problem_transfers_to_itself(plant: Planted) -> None:
+    content = certify(plant.problem, plant.problem, plant.optimum)
+    assert content["safe"]
+    assert content["correlation"]["value"] == 1.0
+    assert content["predicted"]["found"] <= content["predicted"]["uniform"]
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    for histogram in content["margins"].values():
+        assert {sum(counts) for counts in histogram["counts"].values()} == {256}
+        assert histogram["mean"]["float"] >= histogram["mean"]["found"] - 0.05
+
+
+def test_the_cheapest_policy_is_not_safe(plant: Planted) -> None:
+    content = certify(plant.problem, plant.problem, plant.problem.cheapest())
+    assert not content["safe"]
+    assert any("more than the uniform policy's" in reason and "no more" not in reason for reason in content["reasons"])
+
+
+def test_a_proxy_of_zeros_is_not_safe(plant: Planted) -> None:
+    shape = plant.problem.data.fit.batch(torch.arange(1))[0].shape[1:]
+    blank = TensorSplit(torch.zeros(64, *shape), torch.arange(64) % 8)
+    proxy = plant.problem.on(plant.problem.model, SearchData(blank, blank))
+    content = certify(plant.problem, proxy, plant.optimum)
+    assert not content["safe"]
+    assert content["correlation"]["value"] < content["threshold"]
+
+
+def test_layers_are_ranked_as_planted(plant: Planted) -> None:
+    layers = layer_sensitivities(plant.problem, scores_of(plant.problem))
+    assert max(layers, key=layers.__getitem__) == plant.sensitive[0]
+    assert min(layers, key=layers.__getitem__) == plant.sensitive[-1]
+
+
+def test_predicted_loss_is_the_sum(plant: Planted) -> None:
+    scores = scores_of(plant.problem)
+    policy = plant.problem.cheapest()
+    expected = sum(float(scores[name][plant.problem.choices[name].index(bits)]) for name, bits in policy.items())
+    assert predicted_loss(plant.problem, scores, policy) == pytest.approx(expected)
+
+
+def test_rank_correlation_of_a_reversed_order() -> None:
+    ranks = {str(k): float(k) for k in range(8)}
+    found = rank_correlation(ranks, {name: -value for name, value in ranks.items()})
+    assert found["value"] == -1.0
+    assert found["interval"][1] < 0
+
+
+def test_too_few_or_equal_layers_have_no_correlation() -> None:
+    assert rank_correlation({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0})["value"] == 0.0
+    assert rank_correlation(dict.fromkeys("abc", 1.0), {"a": 1.0, "b": 2.0, "c": 3.0})["value"] == 0.0
+
+
+@pytest.mark.parametrize(("correlation", "found", "safe"), [(0.7, 1.0, True), (0.6999, 1.0, False), (0.9, 2.0, True), (0.9, 2.0001, False)])
+def test_the_verdicts_boundaries(correlation: float, found: float, safe: bool) -> None:
+    answer, reasons = verdict(correlation, {"found": found, "uniform": 2.0})
+    assert answer is safe
+    assert len(reasons) == 2
+    assert verdict(correlation, {"found": found})[0] is (correlation >= 0.7)
