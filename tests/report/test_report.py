@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +16,7 @@ from bitwright.errors import RunError
 from bitwright.report import charts, policy_rows, render, terminal
 from bitwright.report.facts import alarms, expected_bits, read_facts
 from bitwright.runs import Run, read_jsonl
-
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-class _Checker(HTMLParser):
-    """Notes tags that are never closed, references to other files, and the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-        self.tags: set[str] = set()
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def _checked(page: str) -> _Checker:
-    checker = _Checker()
-    checker.feed(page)
-    checker.close()
-    assert checker.open == []
-    return checker
+from pages import checked
 
 
 @pytest.fixture
@@ -68,7 +31,7 @@ def _edit(path: Path, **changes: Any) -> None:
 
 def test_the_page_is_well_formed_and_stands_alone(finished_run: Path) -> None:
     page = render(finished_run)
-    checker = _checked(page)
+    checker = checked(page)
     assert checker.references == []
     assert not re.search(r"https?://|@import|url\(", page)
     assert "script" not in checker.tags
@@ -76,7 +39,7 @@ def test_the_page_is_well_formed_and_stands_alone(finished_run: Path) -> None:
 
 
 def test_every_section_says_what_the_files_say(finished_run: Path) -> None:
-    text = _checked(render(finished_run)).text
+    text = checked(render(finished_run)).text
     evaluation = json.loads((finished_run / "evaluation.json").read_text())
     for part in ("float", "quantized"):
         assert f"{100 * evaluation[part]['top1']:.2f} %" in text
@@ -110,17 +73,17 @@ def test_every_text_is_escaped(copied: Path) -> None:
     )
     page = render(copied)
     assert "<script" not in page
-    assert _checked(page).text.count('alert("x")') >= 5
+    assert checked(page).text.count('alert("x")') >= 5
 
 
 def test_an_unfinished_run_has_fewer_sections(copied: Path) -> None:
     names = ("baselines.json", "evaluation.json", "export/export.json", "statistics.json", "finetune.jsonl", "search.json", "float.jsonl")
     for name in names:
         (copied / name).unlink()
-        _checked(render(copied))
+        checked(render(copied))
     for name in ("search.jsonl", "policy.json", "sites.json"):
         (copied / name).unlink()
-        text = _checked(render(copied)).text
+        text = checked(render(copied)).text
     assert "Provenance" in text
     assert "Bits per site" not in text
 
@@ -214,7 +177,7 @@ def test_alarms_of_collapse_repair_stop_and_waste(copied: Path) -> None:
         "(+1.50 points, standard error 1.00)",
     ):
         assert words in said
-    _checked(render(copied))
+    checked(render(copied))
 
 
 # ---- the charts
@@ -229,10 +192,10 @@ def test_charts_cope_with_the_ends_of_what_they_may_be_given() -> None:
         picture = charts.lines([line, line], x_label="<", y_label="&", limit=0.5, title="<i>")
         assert "nan" not in picture
         assert "<b>" not in picture
-        _checked(picture)
-    _checked(charts.heat({"a<": [8.0] * 500}, [float(k) for k in range(500)], x_label="step"))
-    _checked(charts.bars([charts.Bar("x" * 99, 0.0, "<0>")], 0.0))
-    _checked(charts.dots([charts.Dot("x", 1.0, 1.0, 1.0, "1")], unit="%"))
+        checked(picture)
+    checked(charts.heat({"a<": [8.0] * 500}, [float(k) for k in range(500)], x_label="step"))
+    checked(charts.bars([charts.Bar("x" * 99, 0.0, "<0>")], 0.0))
+    checked(charts.dots([charts.Dot("x", 1.0, 1.0, 1.0, "1")], unit="%"))
 
 
 def test_a_long_series_is_thinned_and_keeps_its_ends() -> None:
