@@ -364,7 +364,7 @@ def test_the_verb(compared: tuple[Path, dict[str, Any]], tmp_path: Path, capsys:
     assert content["run"] == str(path)
     assert content["files"] == ["compare.json", "compare.csv", "report.html"]
     text = "\n".join(shown)
-    for words in ("weight_bits<=2.5, short stage (1 epochs, 4 steps at most)", "to uniform", "passes", "uniform here", "report.html"):
+    for words in ("weight_bits<=2.5, short stage (1 epoch, 4 steps at most)", "to uniform", "passes", "uniform here", "report.html"):
         assert words in text
     assert cli.main(["report", str(path)]) == 0
     assert cli.main(["compare", str(path), "--budget", "weight_bits<=0.1"]) == 2

@@ -27,7 +27,7 @@ def content_of(*, evil: str = "other") -> dict[str, Any]:
 
     def part(budget: str, stage: str, *, last: bool, shift: float = 0.0) -> dict[str, Any]:
         methods = [contender("uniform", [0.8 + shift] * 3, 0.8), contender("good", [0.9 + shift] * 3, 0.9), contender(evil, [0.7] * 3, 0.7)]
-        table = standings(methods, {"left": f"seed 0: {evil}"} if last else {})
+        table = standings(methods, {"left": f"seed 0: {evil} [extra]"} if last else {})
         goes_on = None if last else ["good", "uniform"]
         return {"budget": budget, "stage": stage, "last": last, "finetune": {"epochs": 3, "max_steps": 7}, "goes_on": goes_on} | table
 
@@ -73,10 +73,10 @@ def test_the_page_says_what_the_tables_say(compared: Path) -> None:
     assert "bitops<=W3A3, long stage (3 epochs, 7 steps at most)" in text
     assert "93.00 %" in text  # of the float network
     assert "so in the next stage: good, uniform." in text
-    assert "left left out: seed 0: other" in text
+    assert "left left out: seed 0: other [extra]" in text
     assert "good - uniform" in text
     assert "m(count=3)" in text
-    for title in ("Accuracy against bits a weight", "Accuracy against BitOps an image", "… in search"):
+    for title in ("Accuracy against bits a weight", "Accuracy against BitOps an image", "Accuracy against what the search cost"):
         assert title in text
 
 
@@ -105,7 +105,7 @@ def test_the_terminal_says_it_too(compared: Path) -> None:
         "compare.csv",
     ):
         assert words in text
-    assert "left left out: seed 0: other" in text
+    assert "left left out: seed 0: other [extra]" in text
 
 
 def test_what_is_not_complete_is_said_to_be(tmp_path: Path) -> None:

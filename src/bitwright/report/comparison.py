@@ -12,6 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bitwright.errors import RunError
 from bitwright.report.charts import Dot, Mark, Track, dots, number, scatter
@@ -76,7 +77,8 @@ def _difference_text(entry: Row) -> str:
 def title_of(part: Row) -> str:
     """Return the title of a table: budget, stage and how long it was trained."""
     settings = part["finetune"]
-    length = [f"{settings[name]} {word}" for name, word in (("epochs", "epochs"), ("max_steps", "steps at most")) if settings.get(name)]
+    words = {"epochs": "epoch" if settings.get("epochs") == 1 else "epochs", "max_steps": "steps at most"}
+    length = [f"{settings[name]} {word}" for name, word in words.items() if settings.get(name)]
     return f"{part['budget']}, {part['stage']} stage ({', '.join(length) or 'no fine-tuning'})"
 
 
@@ -89,23 +91,29 @@ def show(directory: str | Path, console: Console) -> None:
     for part in content["tables"]:
         console.print(_terminal_table(part))
         for text in part["sentences"] if part["last"] else ():
-            console.print(f"• {text}", highlight=False)
+            console.print(f"• {text}", highlight=False, markup=False)
         console.print()
     if not content["complete"]:
-        console.print(f"! not complete: `bitwright compare {directory}` goes on", highlight=False)
+        console.print(f"! not complete: `bitwright compare {directory}` goes on", highlight=False, markup=False)
     for name in ("compare.csv", "report.html"):
         console.print(f"{name}: {Path(directory) / name}", highlight=False, soft_wrap=True)
 
 
 def _terminal_table(part: Row) -> Table:
-    shown = Table(title=title_of(part), box=SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    reasons = [f"{label} left out: {reason}" for label, reason in part["left_out"].items()]
+    shown = Table(
+        title=Text(title_of(part)),
+        caption=Text("\n".join(reasons)),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for heading in HEADINGS:
         shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for entry in part["methods"]:
-        shown.add_row(*row_texts(entry), style="bold" if entry["label"] == part["leader"] else "")
-    for label, reason in part["left_out"].items():
-        shown.caption = "\n".join(filter(None, [str(shown.caption or ""), f"{label} left out: {reason}"]))
-    shown.caption_justify = "left"
+        shown.add_row(*map(Text, row_texts(entry)), style="bold" if entry["label"] == part["leader"] else "")
     return shown
 
 
@@ -117,7 +125,7 @@ def render_comparison(directory: str | Path) -> str:
     content = read_comparison(directory)
     recipe = Path(directory) / "recipe.yaml"
     text = recipe.read_text("utf-8") if recipe.is_file() else ""
-    body = [_head(content), *map(_section, _by_budget(content)), _fronts(content), _provenance(content, text)]
+    body = [_head(content), *map(_section, _by_budget(content)), _fronts(content), HOW_TO_READ, _provenance(content, text)]
     return document(f"{content['recipe']}: comparison", "".join(body))
 
 
@@ -149,7 +157,7 @@ def _section(parts: Sequence[Row]) -> str:
     items = "".join(f"<li>{escape(text)}</li>" for text in last["sentences"])
     said = f'<ul class="verdict">{items}</ul>'
     before = "".join(f"<details><summary>{escape(title_of(part))}</summary>{_table(part)}{_goes_on(part)}</details>" for part in earlier)
-    charts = f"{_accuracies(last)}{_differences(last)}"
+    charts = f"{_accuracies(last)}{_differences(last)}{_search_cost(last)}"
     return f"<section><h2>{escape(title_of(last))}</h2>{said}{_table(last)}{charts}{before}</section>"
 
 
@@ -158,14 +166,15 @@ def _table(part: Row) -> str:
         f'<tr class="{"chosen" if entry["label"] == part["leader"] else ""}">{cells(row_texts(entry))}</tr>' for entry in part["methods"]
     ]
     out = "".join(f'<p class="alarm">{escape(label)} left out: {escape(reason)}</p>' for label, reason in part["left_out"].items())
-    return f'{table(HEADINGS, rows)}{out}<p class="note">{NOTE}</p>'
+    return f"{table(HEADINGS, rows)}{out}"
 
 
-NOTE = (
-    "In the order of the accuracy on the selection images. Accuracy is the mean over seeds with its 95 % interval over seeds and test "
+HOW_TO_READ = (
+    "<section><h2>How to read the tables</h2><p>Rows are in the order of the accuracy on the selection images. "
+    "Accuracy is the mean over seeds with its 95 % interval over seeds and test "
     "images; the difference to uniform is in points, with a star where it is significant after Holm's correction. Widths counts the "
-    "distinct pairs of weight and activation width in free sites. Search is its time, passes are images through a network, a backward "
-    "pass counting two."
+    "distinct pairs of weight and activation width in free sites. Search is its time; passes are images through a network, a backward "
+    "pass counting two.</p></section>"
 )
 
 
@@ -210,7 +219,7 @@ def _comparison_texts(c: Row) -> tuple[str, ...]:
 
 
 def _fronts(content: Row) -> str:
-    """Draw accuracy against what it costs: every cost that a budget limits, BitOps, and the search itself."""
+    """Draw accuracy against every cost that a budget limits, and BitOps."""
     finals = [parts[0] for parts in _by_budget(content) if parts[0]["methods"]]
     if not finals:
         return ""
@@ -220,10 +229,14 @@ def _fronts(content: Row) -> str:
         column, label, text = AXES[cost]
         chart = scatter(_tracks(finals, column), x_label=label, y_label="test accuracy, %", x_text=text)
         charts.append(f"<h3>Accuracy against {escape(label)}</h3>{chart}")
-    spent = _tracks(finals, "search_sample_passes", lambda passes: math.log10(max(1.0, passes)))
-    passes = scatter(spent, x_label="images passed through a network in search", y_label="test accuracy, %", x_text=_power)
     note = "The dotted line is the front: nothing to its left is higher. Whiskers are 95 % intervals."
-    return f'<section><h2>What accuracy costs</h2>{"".join(charts)}<h3>… in search</h3>{passes}<p class="note">{note}</p></section>'
+    return f'<section><h2>What accuracy costs</h2>{"".join(charts)}<p class="note">{note}</p></section>'
+
+
+def _search_cost(part: Row) -> str:
+    spent = _tracks([part], "search_sample_passes", lambda passes: math.log10(max(1.0, passes)))
+    chart = scatter(spent, x_label="images passed through a network in search", y_label="test accuracy, %", x_text=_power)
+    return f"<h3>Accuracy against what the search cost</h3>{chart}" if len(spent) > 1 else ""
 
 
 def _power(exponent: float) -> str:
