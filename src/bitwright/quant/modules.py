@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -57,19 +57,32 @@ class Op:
             return self.axis
         return 1 if self.kind == "transposed" else 0
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer's output."""
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the layer's output; a transposed convolution can be asked for one of the sizes that its stride leaves open."""
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         if self.kind == "transposed":
             transposed = TRANSPOSED[self.dims]
             padding = cast("tuple[int, ...]", self.padding)
-            return transposed(x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation)
+            around = self.output_padding if output_size is None else self._output_padding(x, weight, output_size)
+            return transposed(x, weight, bias, self.stride, padding, around, self.groups, self.dilation)
         around = self.padding
         if self.padding_mode != "zeros":
             x, around = F.pad(x, self.padding_both, mode=self.padding_mode), (0,) * self.dims
         convolution = cast("Callable[..., Tensor]", CONVOLUTIONS[self.dims])
         return convolution(x, weight, bias, self.stride, around, self.dilation, self.groups)
+
+    def _output_padding(self, x: Tensor, weight: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+        """Return the padding at the end of each dimension that gives the asked size; raises `ValueError` where none does."""
+        sizes = tuple(output_size)[-self.dims :]
+        padding = cast("tuple[int, ...]", self.padding)
+        extents = zip(x.shape[-self.dims :], self.stride, padding, self.dilation, weight.shape[2:], strict=True)
+        least = [(n - 1) * step - 2 * pad + dilation * (kernel - 1) + 1 for n, step, pad, dilation, kernel in extents]
+        found = tuple(size - low for size, low in zip(sizes, least, strict=True))
+        if not all(0 <= extra < step for extra, step in zip(found, self.stride, strict=True)):
+            most = [low + step - 1 for low, step in zip(least, self.stride, strict=True)]
+            raise ValueError(f"output_size={list(sizes)}: this input gives {least} to {most}; ask for a size in between")
+        return found
 
 
 class QuantLayer(nn.Module):
@@ -113,11 +126,11 @@ class QuantLayer(nn.Module):
             return rounded + (self.weight - self.weight.detach())
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output on quantized weight and input."""
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the layer's output on quantized weight and input; ``output_size`` as of torch's transposed convolutions."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.op(x, self.quantized_weight(), self.bias)
+        return self.op(x, self.quantized_weight(), self.bias, output_size)
 
     def extra_repr(self) -> str:
         """Return the widths."""
