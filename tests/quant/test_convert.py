@@ -290,8 +290,8 @@ def test_unknown_site_missing_entry_missing_calibration(net):
 
 
 def test_unknown_correction_and_quantizer_and_rule(net):
-    with pytest.raises(BitwrightError, match=r"correction 'bias' is unknown; use 'batchnorm'"):
-        quantize(net, all_at(net, 4), correct=("bias",))
+    with pytest.raises(BitwrightError, match=r"correction 'baise' is unknown; did you mean 'bias'"):
+        quantize(net, all_at(net, 4), correct=("baise",))
     with pytest.raises(BitwrightError, match=r"quantizer 'lsqq' is unknown; did you mean 'lsq'\?"):
         quantize(net, all_at(net, 4), quantizer="lsqq")
     with pytest.raises(BitwrightError, match=r"calibration rule 'max' is unknown"):
@@ -429,3 +429,24 @@ def test_known_float_statistics_save_a_pass_and_change_nothing(trained):
     plain = quantize(trained, all_at(trained, 2), **arguments)
     given = quantize(trained, all_at(trained, 2), **arguments, float_statistics=collect(trained, calibration))
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), given.state_dict().values(), strict=True))
+
+
+class _Upsampling(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+        self.up = kind(3, 2, 3, stride=2, padding=1)
+
+    def forward(self, x, size=None):
+        return self.up(x, output_size=size)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_transposed_convolution_takes_an_output_size(dims):
+    net, x = _Upsampling(dims), torch.randn(2, 3, *[5] * dims)
+    quantized = quantize(net, Policy({"up": (32, 8)}), calibration=x)
+    for size in (9, 10):
+        assert quantized(x, [size] * dims).shape == net(x, [size] * dims).shape
+        assert torch.allclose(quantized(x, [size] * dims), net(x, [size] * dims), atol=0.1)
+    with pytest.raises(ValueError, match=r"output_size=\[11.*: this input gives \[9"):
+        quantized(x, [11] * dims)
