@@ -17,7 +17,7 @@ from bitwright.policy import Policy
 from bitwright.quant import named_quant_layers, quantize, verify_widths
 from bitwright.quant.modules import QuantLayer
 from bitwright.training import FinetuneOptions, finetune
-from bitwright.training.finetune import CHECKPOINT, build_optimizer, draw_batch, learning_rate, steps_in
+from bitwright.training.finetune import CHECKPOINT, blend, build_optimizer, draw_batch, learning_rate, steps_in
 
 CLASSES = 3
 
@@ -429,3 +429,28 @@ def test_bins_with_nothing_quantized_train_as_without():
         finetune(net, images(10, 32), FinetuneOptions(epochs=1, batch_size=16, bins=bins))
     assert same(*nets)
     assert not any(isinstance(m, QuantLayer) for m in nets[0].modules())
+
+
+def test_mixup_blends_pairs_in_one_proportion():
+    torch.manual_seed(0)
+    x = torch.eye(6)
+    mixed, target = blend(x, torch.arange(6), 1.0, 6)
+    assert torch.allclose(mixed, target)  # images that are their own labels show the same blend
+    assert torch.allclose(target.sum(1), torch.ones(6))
+    own = target.diagonal()
+    assert len({round(float(share), 6) for share in own if share < 1}) == 1
+
+
+def test_mixup_trains_with_and_without_a_teacher_and_repeats():
+    options = dataclasses.replace(QUICK, mixup=0.5)
+    for teacher in (None, seeded(3, float_net).eval()):
+        nets = [quantized_net() for _ in range(3)]
+        losses = [finetune(net, images(1, 64), o, teacher=teacher).epochs[-1]["loss"] for net, o in zip(nets, (options, options, QUICK))]
+        assert same(nets[0], nets[1])
+        assert losses[0] == losses[1] != losses[2]
+
+
+def test_mixup_pads_labels_to_the_networks_outputs():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES + 4))
+    history = finetune(net, images(1, 64), dataclasses.replace(QUICK, mixup=0.5))
+    assert math.isfinite(history.epochs[-1]["loss"])
