@@ -203,6 +203,33 @@ def _verdict(rows: list[Row]) -> str:
     return text + (f" Left out: {'; '.join(left)}." if left else "")
 
 
+def transferred(rows: list[Row]) -> str:
+    """Return the section of policies searched on proxies, and of what the certificate says of them."""
+    randoms = [float(row["loss"]) for row in rows if row["arm"].startswith("random ")]
+    named = [row for row in rows if not row["arm"].startswith("random ")]
+    columns: dict[str, tuple[str, Callable[[str], str]]] = {
+        "searched on": ("arm", str),
+        "seed": ("seed", str),
+        "images": ("images", str),
+        "sample-passes": ("sample_passes", str),
+        "seconds": ("seconds", lambda value: number(value, 0)),
+        "rank correlation": ("correlation", lambda value: number(value, 2)),
+        "foretold loss": ("predicted_found", number),
+        "verdict": ("safe", lambda value: {"True": "safe", "False": "not safe"}.get(value, "")),
+        "loss on the target": ("loss", lambda value: number(value, 4)),
+    }
+    if any(row.get("top1") for row in rows):
+        columns["top-1, %"] = ("top1", percent)
+        columns["less than target search, points"] = ("difference", lambda value: number(str(100 * float(value)), 2) if value else "")
+    drawn = f" {len(randoms)} random policies average {sum(randoms) / len(randoms):.3f}." if randoms else ""
+    text = (
+        f"CIFAR-10 ResNet-20 within `{rows[0]['budget']}`, float activations; SEAM, {rows[0]['steps']} steps of 64 images for every arm. The loss is the mean "
+        "KL divergence from the float network on the target's selection images, before any fine-tuning. Seconds are processor time on one "
+        f"thread.{drawn} A verdict is right when it calls a policy safe that keeps most of what searching on the target gains over uniform."
+    )
+    return f"## Transfer from proxy data sets\n\n{text}\n\n{table(named, columns)}\n"
+
+
 SECTIONS = {
     "compare-cifar10-resnet20": compared,
     "compare-resnet8": compared,
@@ -213,6 +240,7 @@ SECTIONS = {
     "landscape": landscape,
     "entropy-bins": bins,
     "entropy-bins-layers": layers,
+    "transfer": transferred,
 }
 
 
