@@ -134,8 +134,42 @@ def test_profile_of_a_model_a_recipe_and_a_run(finished_run: Path, tmp_path: Pat
         assert list(tmp_path.iterdir()) == []
     finally:
         os.chdir(here)
-    losses = _result(capsys, "profile", finished_run, "--sensitivity")["sensitivity"]
-    assert losses["conv2"]["1"] > losses["conv2"]["8"] >= 0
+
+
+def test_profile_measures_saves_and_reuses_sensitivities(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = _result(capsys, "profile", finished_run, "--sensitivity")["sensitivity"]
+    assert table["measure"] == "kl"
+    assert table["values"]["conv2"]["W1A4"] > table["values"]["conv2"]["W8A4"] >= 0
+    file = tmp_path / "fisher.json"
+    saved = _result(capsys, "profile", finished_run, "--measure", "fisher", "--save", file)["sensitivity"]
+    assert saved == json.loads(file.read_text())
+    network = ["--model", "digits_cnn", "--weights", tmp_path / "net.safetensors", "--data", "digits", "--held-out", "100"]
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in runs.load_tree(finished_run / "float.safetensors").items()}
+    save_file(state, tmp_path / "net.safetensors")
+    search = ["search", *network, "--method", "fisher", "--activation-bits", "4", "--table", file]
+    for k, budget in enumerate(("weight_bits<=2.5", "weight_bits<=4")):
+        result = _result(capsys, *search, "--budget", budget, "--out", tmp_path / f"run{k}")
+        assert json.loads((tmp_path / f"run{k}" / "sensitivity.json").read_text())["values"] == saved["values"]
+        assert result["search"]["sample_passes"] < 2000  # the policy proposed is evaluated; nothing is measured
+    complaint = _refused(capsys, *search, "--samples", "64", "--budget", "weight_bits<=4", "--out", tmp_path / "run2")
+    assert "stale, measured on other options: options.samples (was 512, now 64)" in complaint
+
+
+def test_profile_checks_additivity_and_the_run_keeps_the_answer(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    assert cli.main(["profile", str(path), "--check-additivity", "--policies", "8", "--measure", "fisher"]) == 0
+    assert "is the loss additive? foretold ('fisher') against measured, 8 policies: rank correlation" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    answer = json.loads((path / "additivity.json").read_text())
+    assert len(answer["points"]) == 8
+    assert "Is the loss additive?" in (path / "report.html").read_text()
+    assert _result(capsys, "report", path)["report"] == str(path / "report.html")
+    assert _result(capsys, "run", path)["additivity"] == answer
 
 
 def test_methods_lists_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +234,14 @@ def test_a_methods_options_are_flags_of_search(capsys: pytest.CaptureFixture[str
         (["profile", "--shape", "3x4"], "profile --shape: also give --model NAME"),
         (["profile", "--model", "resnet18", "--shape", "3by4"], "--shape 3by4: expected sizes of one input, for example 3x224x224"),
         (["profile", "--model", "resnet118", "--shape", "3x32x32"], "no model 'resnet118'; did you mean 'resnet18'?"),
-        (["profile", "digits-sdq", "--sensitivity"], "the network is not trained; give a run directory, or --set model.weights=FILE"),
+        (["profile", "digits-sdq", "--sensitivity"], "the network is not trained, and sensitivities need one; give a run, or --set model."),
+        (["profile", "digits-sdq", "--measure", "kl"], "profile --measure: also give what to do with it: --sensitivity"),
+        (["profile", "digits-sdq", "--check-additivity", "--measure", "fishr"], "unknown method 'fishr'; did you mean 'fisher'?"),
+        (["profile", "digits-sdq", "--policies", "9"], "profile --policies: also give --check-additivity"),
+        (
+            ["profile", "--model", "resnet18", "--shape", "3x4x4", "--sensitivity"],
+            "--shape: sensitivities are measured on images; give --data",
+        ),
         (["evaluate", "nowhere"], "nowhere: no such run directory; give the --out of a `bitwright run`"),
         (["report", "nowhere"], "no run directory"),
     ],

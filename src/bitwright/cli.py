@@ -151,17 +151,32 @@ def report_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Show the sites of a model, their work and what uniform widths cost; with --sensitivity what each width loses."""
+    """Show the sites of a model, their work and what uniform widths cost; with --sensitivity what each choice loses."""
+    table = arguments.sensitivity or arguments.save is not None
+    if arguments.measure is not None and not table and not arguments.check_additivity:
+        raise UsageError("profile --measure: also give what to do with it: --sensitivity, --save FILE or --check-additivity")
+    if arguments.policies is not None and not arguments.check_additivity:
+        raise UsageError("profile --policies: also give --check-additivity")
     if arguments.shape is not None:
         if arguments.model is None:
             raise UsageError("profile --shape: also give --model NAME, for example --model resnet18 --shape 3x224x224")
+        if table or arguments.check_additivity:
+            raise UsageError(
+                "profile --shape: sensitivities are measured on images; give --data NAME and --weights FILE instead of --shape"
+            )
         result = profile.profile_model(arguments.model, arguments.shape)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             known = arguments.target is not None and Path(arguments.target).is_dir()
             arguments.out = None if known else f"{scratch}/run"
-            arguments.budget = arguments.budget or ["weight_bits<=8"]  # a recipe has one; a profile looks at none
-            result = profile.profile(_job(arguments), sensitivity=arguments.sensitivity)
+            arguments.budget = arguments.budget or ["weight_bits<=8"]  # a recipe has one; most of a profile looks at none
+            drawn = profile.POLICIES if arguments.policies is None else arguments.policies
+            wanted = {
+                "sensitivity": arguments.sensitivity,
+                "save": arguments.save,
+                "policies": drawn if arguments.check_additivity else None,
+            }
+            result = profile.profile(_job(arguments), measure=arguments.measure or "kl", **wanted)
     profile.show(result)
     return result
 
@@ -365,7 +380,11 @@ def _flag_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _profile_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", metavar="CxHxW", help="input of --model where no data set is given, such as 3x224x224")
-    parser.add_argument("--sensitivity", action="store_true", help="also measure the loss of each weight width, one site at a time")
+    parser.add_argument("--sensitivity", action="store_true", help="also measure what each choice adds to the loss, one site at a time")
+    parser.add_argument("--measure", metavar="NAME", help="by which method: kl (default), fisher, hawq or limpq; see `bitwright methods`")
+    parser.add_argument("--save", metavar="FILE", help="write these sensitivities to a file; a search takes them by the option table")
+    parser.add_argument("--check-additivity", action="store_true", help="also check on random policies whether they add up to the loss")
+    parser.add_argument("--policies", type=int, metavar="N", help=f"how many policies that check draws (default: {profile.POLICIES})")
 
 
 def _new_out_flag(parser: argparse.ArgumentParser) -> None:

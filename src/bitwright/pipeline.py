@@ -301,7 +301,7 @@ def summary(job: Job) -> dict[str, Any]:
     """Return what a run has so far, as JSON-able data: stages, policy, costs, accuracies, baselines, files."""
     path = job.run.path
     result: dict[str, Any] = {"run": str(path), "recipe": job.recipe.name, "stages": job.run.manifest["stages"]}
-    for name in ("search", "evaluation", "baselines", "export/export"):
+    for name in ("search", "additivity", "evaluation", "baselines", "export/export"):
         file = path / f"{name}.json"
         if file.is_file():
             result[name.rpartition("/")[2]] = json.loads(file.read_text("utf-8"))

@@ -2,39 +2,75 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 
 from bitwright import models
+from bitwright.additivity import FILE as ANSWER
+from bitwright.additivity import check_additivity
+from bitwright.correlation import Correlation
 from bitwright.costs import BitOps, Size, WeightBits
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, RunError, nearest
 from bitwright.exporters.packed import packed_overhead
 from bitwright.job import Job
-from bitwright.policy import Bits, Policy
-from bitwright.quant.reference import ReferenceLoss
+from bitwright.methods import available, get_method
+from bitwright.policy import Bits
+from bitwright.problem import Problem
+from bitwright.recipe import make_options
+from bitwright.report import render
 from bitwright.report.table import amount, size_text
 from bitwright.report.terminal import new_console
+from bitwright.runs import write_text_atomic
+from bitwright.sensitivity import FILE as TABLE
+from bitwright.sensitivity import ScoredMethod, Sensitivity, parse_bits
 from bitwright.sites import Trace, trace
 
 UNIFORM = tuple(Bits(w, a) for w, a in ((32, 32), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (2, 32), (2, 4)))
+POLICIES = 40
+"""Policies that a check of additivity draws unless told otherwise."""
 
 
-def profile(job: Job, *, sensitivity: bool = False) -> dict[str, Any]:
+def profile(
+    job: Job, *, sensitivity: bool = False, measure: str = "kl", save: str | Path | None = None, policies: int | None = None
+) -> dict[str, Any]:
     """Return the profile of a job's network as JSON-able data.
 
     Args:
         job: recipe, data and run directory.
-        sensitivity: also measure the loss (see `ReferenceLoss`) of every weight width at every site, all others in float32.
+        sensitivity: also give what every choice of every site adds to the loss (`bitwright.sensitivity`), as ``sensitivity``.
+        measure: the method that scores; it takes its options from the recipe if that searches with it. A table of its that is in the
+            run directory and not stale is taken instead of measuring again.
+        save: write that table to a file, too.
+        policies: also check on so many random policies whether the loss is additive (`bitwright.additivity`), as ``additivity``, and
+            keep the answer in the run directory.
 
     Raises:
-        BitwrightError: sensitivities need trained weights and there are none.
+        BitwrightError: sensitivities need trained weights and there are none; or ``measure`` scores nothing.
     """
     result = {"model": job.recipe.model.name, **_table(job.trace, job.overhead)}
-    return {**result, "sensitivity": _sensitivity(job)} if sensitivity else result
+    if not sensitivity and save is None and policies is None:
+        return result
+    method = _method(job, measure)
+    problem = job.problem_of(_network(job))
+    table = _sensitivity(job, problem, method)
+    if save is not None:
+        table.save(save)
+    if sensitivity or save is not None:
+        result["sensitivity"] = json.loads(table.to_json())
+    if policies is not None:
+        result["additivity"] = check_additivity(problem, table, policies).to_dict()
+        write_text_atomic(job.run.inside(ANSWER), json.dumps(result["additivity"], indent=1) + "\n")
+        if (job.run.path / "report.html").is_file():
+            write_text_atomic(job.run.path / "report.html", render(job.run.path))
+    return result
 
 
 def profile_model(name: str, shape: str) -> dict[str, Any]:
@@ -76,22 +112,39 @@ def _uniform(traced: Trace, overhead: int, bits: Bits) -> dict[str, float]:
     }
 
 
-def _sensitivity(job: Job) -> dict[str, dict[str, float]]:
-    """Return the loss of each weight width at each site, one site at a time."""
+def _network(job: Job) -> nn.Module:
+    """Return the trained float network: the run's own, or with the recipe's weights."""
     section = job.recipe.model
     if (job.run.path / "float.safetensors").is_file():
-        network = job.network
-    elif section.weights is not None or section.name not in models.available():
-        network = job.build()
-        if section.weights is not None:
-            models.load_weights(network, section.weights)
-    else:
-        raise BitwrightError("profile --sensitivity: the network is not trained; give a run directory, or --set model.weights=FILE")
-    loss = ReferenceLoss(network, job.data.selection, job.data.fit, job.trace.sites, job.recipe.seed)
-    everything = Policy((name, Bits(32, 32)) for name in job.trace.names)
-    weighted = [site.name for site in job.trace.sites if site.operands == 1]
-    widths = sorted(set(job.recipe.search.weights))
-    return {name: {str(w): loss(everything.replace({name: Bits(w, 32)})) for w in widths} for name in weighted}
+        return job.network
+    if section.weights is None and section.name in models.available():
+        raise BitwrightError("profile: the network is not trained, and sensitivities need one; give a run, or --set model.weights=FILE")
+    network = job.build()
+    if section.weights is not None:
+        models.load_weights(network, section.weights)
+    return network
+
+
+def _method(job: Job, measure: str) -> ScoredMethod:
+    """Return the method of a measure, with the recipe's options where it searches with it."""
+    kind = get_method(measure)
+    if not issubclass(kind, ScoredMethod):
+        scored = [name for name, method in available().items() if issubclass(method, ScoredMethod)]
+        raise BitwrightError(f"--measure {measure}: scores no choices one by one; {nearest(measure, scored)}")
+    own = job.recipe.search.options if job.recipe.search.method == measure else {}
+    return make_options(kind, own, "search.options")
+
+
+def _sensitivity(job: Job, problem: Problem, method: ScoredMethod) -> Sensitivity:
+    """Return the run's own table if the method measured it and it is not stale, else what it measures now."""
+    file = job.run.path / TABLE
+    if file.is_file() and method.table is None:
+        table = Sensitivity.load(file)
+        with suppress(RunError):  # measured otherwise: measure anew
+            table.check(problem, method)
+            table.scores(problem)
+            return table
+    return method.sensitivity(problem)
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -100,7 +153,11 @@ def show(result: Mapping[str, Any]) -> None:
     console.print(_sites_table(result))
     console.print(_uniform_table(result))
     if "sensitivity" in result:
-        console.print(_sensitivity_table(result))
+        for table in _sensitivity_tables(result["sensitivity"]):
+            console.print(table)
+    if "additivity" in result:
+        for text in _additivity_lines(result["additivity"]):
+            console.print(text, highlight=False)
 
 
 def _sites_table(result: Mapping[str, Any]) -> Table:
@@ -124,13 +181,33 @@ def _uniform_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _sensitivity_table(result: Mapping[str, Any]) -> Table:
-    rows = result["sensitivity"]
-    widths = list(next(iter(rows.values())))
-    table = Table(title="loss (mean KL divergence from the float network) of one site's weights at each width")
-    table.add_column("site")
-    for width in widths:
-        table.add_column(f"{width} bit", justify="right")
-    for name, losses in rows.items():
-        table.add_row(name, *(f"{losses[width]:.4f}" for width in widths))
-    return table
+def _sensitivity_tables(content: Mapping[str, Any]) -> list[Table]:
+    """Return what each width of the weights adds with the widest inputs, and if there is a choice each width of the inputs."""
+    rows = {site: {parse_bits(text): value for text, value in row.items()} for site, row in content["values"].items()}
+    tables = []
+    for kind, what, other in (("w", "weights", "a"), ("a", "input activations", "w")):
+        columns = {name: _widest(row, kind, other) for name, row in rows.items()}
+        widths = sorted({width for column in columns.values() for width in column})
+        if kind == "a" and all(len(column) == 1 for column in columns.values()):
+            continue
+        table = Table(title=f"loss added by one site's {what} at each width ('{content['measure']}')")
+        table.add_column("site")
+        for width in widths:
+            table.add_column(f"{width} bit", justify="right")
+        for name, column in columns.items():
+            table.add_row(name, *(f"{column[width]:.4g}" if width in column else "" for width in widths))
+        tables.append(table)
+    return tables
+
+
+def _widest(row: Mapping[Bits, float], kind: str, other: str) -> dict[int, float]:
+    """Return the values by one width, where the other is the widest that the site offers."""
+    most = max(getattr(bits, other) for bits in row)
+    return {getattr(bits, kind): value for bits, value in row.items() if getattr(bits, other) == most}
+
+
+def _additivity_lines(content: Mapping[str, Any]) -> list[str]:
+    pairs = [("rank correlation", "spearman"), ("linear", "pearson"), ("rank correlation close to the budget", "near_budget")]
+    found = "; ".join(f"{label} {Correlation(**content[name])}" for label, name in pairs)
+    text = f"is the loss additive? foretold ('{content['measure']}') against measured, {len(content['points'])} policies: {found}"
+    return [text, *([f"! {content['warning']}"] if content["warning"] else [])]

@@ -138,7 +138,7 @@ class Sensitivity:
             content = json.loads(Path(path).read_text("utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}, expected '{FORMAT}'")
-            values = {str(site): {_bits(text): float(value) for text, value in row.items()} for site, row in content["values"].items()}
+            values = {str(site): {parse_bits(text): float(value) for text, value in row.items()} for site, row in content["values"].items()}
             return cls(str(content["measure"]), values, dict(content["fingerprint"]))
         except OSError as error:
             raise RunError(f"table {path}: cannot be read ({error.strerror}); give a file that `bitwright profile --save` wrote") from None
@@ -181,7 +181,12 @@ def _identity(split: Split) -> dict[str, Any]:
     return {"images": len(split), "classes": split.classes, "sample": hashed.hexdigest()[:16]}
 
 
-def _bits(text: str) -> Bits:
+def parse_bits(text: str) -> Bits:
+    """Read bits as they are written; raises `ValueError` for anything else.
+
+    >>> parse_bits("W2A32")
+    W2A32
+    """
     match = re.fullmatch(r"W(\d+)A(\d+)", text)
     if match is None:
         raise ValueError(f"'{text}' is no choice such as W4A8")

@@ -206,3 +206,43 @@ def test_a_long_series_is_thinned_and_keeps_its_ends() -> None:
     assert points is not None
     assert len(points[1].split()) == 600
     assert charts.heat({"a": [1.0] * 999}, [float(k) for k in range(999)], x_label="s").count("<rect") == 120
+
+
+def _additivity(warning: str | None) -> dict[str, Any]:
+    points = [
+        {"drawn": drawn, "predicted": 0.01 * k, "measured": 0.02 * k * k}
+        for k, drawn in enumerate(["budget", "choices", "budget", "choices"])
+    ]
+    found = {"value": 0.91, "low": 0.8, "high": 0.95, "n": 4}
+    return {
+        "measure": "<kl>",
+        "points": points,
+        "spearman": found,
+        "pearson": found,
+        "near_budget": found,
+        "threshold": 0.8,
+        "warning": warning,
+    }
+
+
+def test_a_check_of_additivity_is_shown_as_points_and_correlations(copied: Path) -> None:
+    assert "Is the loss additive?" not in render(copied)
+    (copied / "additivity.json").write_text(json.dumps(_additivity(None)))
+    page = render(copied)
+    text = checked(page).text
+    assert "Is the loss additive?" in text
+    assert "rank correlation, 4 policies" in text
+    assert text.count("0.910 (95 %: 0.800 to 0.950)") == 3
+    assert "foretold loss ('<kl>')" in text
+    section = page[page.index("Is the loss additive?") :]
+    assert section[: section.index("</section>")].count("<circle") == 3  # a loss of 0 has no place on a logarithmic axis
+    assert not any("additive" in alarm for alarm in alarms(read_facts(copied)))
+
+
+def test_a_loss_that_is_not_additive_is_an_alarm_in_the_report_and_on_the_terminal(copied: Path) -> None:
+    (copied / "additivity.json").write_text(json.dumps(_additivity("The loss is not additive here: <b>.")))
+    assert "The loss is not additive here: <b>." in alarms(read_facts(copied))
+    assert checked(render(copied)).text.count("The loss is not additive here: <b>.") == 2
+    out = io.StringIO()
+    terminal.show(copied, Console(file=out, width=200))
+    assert "! The loss is not additive here: <b>." in out.getvalue()

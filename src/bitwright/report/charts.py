@@ -172,6 +172,35 @@ def scatter(
     return _svg(WIDTH, height, parts, title)
 
 
+def cloud(series: Sequence[Line], *, x_label: str, y_label: str, height: int = 330, title: str = "") -> str:
+    """Draw pairs of positive numbers as points on logarithmic axes, with the line on which both are equal.
+
+    >>> cloud([Line("policies", [0.1, 0.2], [0.1, 0.3])], x_label="foretold", y_label="measured").count("<circle")
+    2
+    """
+    points = [(math.log10(x), math.log10(y)) for line in series for x, y in zip(line.xs, line.ys, strict=True) if x > 0 and y > 0]
+    if not points:
+        return ""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    frame = _Frame(min(xs), max(xs), min(ys), max(ys), height)
+    parts = frame.axes(x_label, y_label, _power, _power)
+    low, high = max(frame.x0, frame.y0), min(frame.x1, frame.y1)
+    if low < high:
+        ends = f'x1="{frame.x(low):.1f}" y1="{frame.y(low):.1f}" x2="{frame.x(high):.1f}" y2="{frame.y(high):.1f}"'
+        parts.append(f'<line class="limit" {ends}><title>as foretold</title></line>')
+    for line in series:
+        for x, y in zip(line.xs, line.ys, strict=True):
+            if x > 0 and y > 0:
+                place = f'cx="{frame.x(math.log10(x)):.1f}" cy="{frame.y(math.log10(y)):.1f}" r="4"'
+                parts.append(f'<circle class="{line.style}" {place}><title>{number(x)}, {number(y)}</title></circle>')
+    return _svg(WIDTH, height, parts, title) + _legend(series)
+
+
+def _power(exponent: float) -> str:
+    """Return a tick of a logarithmic axis."""
+    return f"{10.0**exponent:.2g}"
+
+
 def _track(frame: _Frame, track: Track, label_y: float) -> str:
     points = [(frame.x(mark.x), frame.y(mark.y)) for mark in track.marks]
     (x, y), edge = points[-1], frame.right + 14
@@ -269,12 +298,14 @@ class _Frame:
     def y(self, value: float) -> float:
         return self.bottom - (value - self.y0) / (self.y1 - self.y0) * (self.bottom - self.top)
 
-    def axes(self, x_label: str, y_label: str, x_text: Callable[[float], str] = number) -> list[str]:
+    def axes(
+        self, x_label: str, y_label: str, x_text: Callable[[float], str] = number, y_text: Callable[[float], str] = number
+    ) -> list[str]:
         parts = []
         for tick in _ticks(self.y0, self.y1):
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(_text(self.left - 6, y + 4, number(tick), "tick", "end"))
+            parts.append(_text(self.left - 6, y + 4, y_text(tick), "tick", "end"))
         parts += [_text(self.x(tick), self.bottom + 15, x_text(tick), "tick", "middle") for tick in _ticks(self.x0, self.x1)]
         parts.append(_text((self.left + self.right) / 2, self.height - 4, x_label, "axis", "middle"))
         middle = (self.top + self.bottom) / 2

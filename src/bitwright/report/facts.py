@@ -35,6 +35,7 @@ class Facts:
         baselines: baselines.json.
         artefact: export/export.json.
         certificate: certificate.json, of a search on a proxy.
+        additivity: additivity.json, of a check whether the loss is additive.
     """
 
     manifest: Row
@@ -50,6 +51,7 @@ class Facts:
     baselines: Row
     artefact: Row
     certificate: Row
+    additivity: Row
 
     @property
     def name(self) -> str:
@@ -82,6 +84,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         baselines=_json(run.path / "baselines.json"),
         artefact=_json(run.path / "export" / "export.json"),
         certificate=_json(run.path / "certificate.json"),
+        additivity=_json(run.path / "additivity.json"),
     )
 
 
@@ -114,6 +117,8 @@ def alarms(facts: Facts) -> list[str]:
         found.append("The search was stopped by a step or time limit before the method was done.")
     if facts.certificate and not facts.certificate["safe"]:
         found.append("The policy is not safe to transfer from its proxy: " + "; ".join(facts.certificate["reasons"]) + ".")
+    if facts.additivity.get("warning"):
+        found.append(facts.additivity["warning"])
     found += _search_alarms(facts)
     found += _unspent(facts)
     found += _accuracy_alarms(facts)

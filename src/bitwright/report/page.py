@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bitwright.report.additive import additivity
 from bitwright.report.charts import Bar, Dot, Line, bars, dots, heat, lines, number, width_class
 from bitwright.report.comparison import is_comparison, render_comparison
 from bitwright.report.facts import Facts, Row, alarms, expected_bits, read_facts
@@ -214,4 +215,15 @@ def _stage_text(stage: Row) -> str:
     return f"finished {stage['finished']}{seconds}"
 
 
-SECTIONS: tuple[Callable[[Facts], str], ...] = (_headline, _alarms, _policies, _bits, transfer, _trajectory, _curves, _bins, _provenance)
+SECTIONS: tuple[Callable[[Facts], str], ...] = (
+    _headline,
+    _alarms,
+    _policies,
+    _bits,
+    transfer,
+    additivity,
+    _trajectory,
+    _curves,
+    _bins,
+    _provenance,
+)
