@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bitwright
 
-EXTRAS = ("scipy", "sklearn", "PIL", "rich", "tyro", "pydantic", "yaml", "torchvision", "timm", "matplotlib")
+EXTRAS = ("scipy", "sklearn", "PIL", "rich", "tyro", "pydantic", "yaml", "torchvision", "timm", "matplotlib", "optuna")
 PROBE = """
 import sys, time
 import torch
