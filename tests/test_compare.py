@@ -325,6 +325,8 @@ def test_budgets_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
         assert not list((tmp_path / text[:5]).rglob("float.safetensors"))
     with pytest.raises(RecipeError, match=r"has neither model.weights nor a float section"):
         compare({**recipe_of(), "float": None}, tmp_path / "run")
+    with pytest.raises(BudgetError, match="cannot be met"):  # not "began with another recipe": nothing was done yet
+        compare(recipe_of(budgets=["weight_bits<=0.5"]), tmp_path / "run")
 
 
 def test_a_directory_of_something_else_is_refused(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

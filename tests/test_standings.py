@@ -73,6 +73,13 @@ def test_a_search_that_was_stopped_is_named() -> None:
     assert standings([one], {})["sentences"][-1] == "Stopped by a step or time limit before it was done: uniform."
 
 
+def test_a_uniform_that_leaves_much_unspent_is_said_to() -> None:
+    one = contender("uniform", [0.8] * 3, 0.8)
+    assert not any("spends" in text for text in standings([one], {})["sentences"])
+    one.rows[0]["search"]["costs"] = [55]
+    assert standings([one], {})["sentences"][-1].startswith("Uniform, W2A4 in most sites, spends 55% of the budget: no wider one fits.")
+
+
 def test_uniform_may_lead() -> None:
     methods = [contender("uniform", [0.9] * 3, 0.9), contender("a", [0.9] * 3, 0.8), contender("b", [0.9] * 3, 0.8)]
     assert standings(methods, {})["sentences"][-1] == "Best on the selection images is uniform itself."

@@ -197,7 +197,7 @@ class Comparison:
         if path.is_file():
             raise RunError(f"{path}: is a file, and a comparison needs a directory; give another --out")
         with claim(path, wait=True):
-            run = Run.open(path, {"kind": KIND, **_bound(recipe, None)}, shared=True)
+            run = _opened(path, {"kind": KIND, **_bound(recipe, None)})
             runs.write_text_atomic(run.path / "recipe.yaml", recipe.to_yaml())
         root = None if data_root is None else Path(data_root)
         return cls(recipe, plan, run, root, device, log or (lambda label, row: None), dict(made_by or runs.versions()))
@@ -413,6 +413,21 @@ class Comparison:
             runs.write_text_atomic(self.run.path / "compare.csv", csv_text(content["tables"]))
             runs.write_text_atomic(self.run.path / "report.html", render(self.run.path))
         return {**content, "files": ["compare.json", "compare.csv", "report.html"]}
+
+
+def _opened(path: Path, bound: Mapping[str, Any]) -> Run:
+    """Open a comparison's directory; one in which nothing was done yet is begun anew if the recipe was mended."""
+    try:
+        return Run.open(path, bound, shared=True)
+    except RunError:
+        names = {item.name for item in path.rglob("*") if item.is_file()}
+        if Run.MANIFEST not in names or not names <= {Run.MANIFEST, "recipe.yaml"}:
+            raise
+    for name in ("seeds", "searches"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in (Run.MANIFEST, "recipe.yaml"):
+        (path / name).unlink(missing_ok=True)
+    return Run.open(path, bound, shared=True)
 
 
 def _of_seed(recipe: Recipe, seed: int) -> Recipe:

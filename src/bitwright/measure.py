@@ -21,8 +21,9 @@ from bitwright.training import FinetuneOptions, finetune
 def found(job: Job, problem: Problem, method: str, result: Result) -> dict[str, Any]:
     """Return what a search found and spent, its proxy's training included, and what its policy costs, as JSON-able data."""
     shown = [budget.describe(cost, problem.sites) for budget, cost in zip(problem.budgets, result.costs, strict=True)]
-    facts = {"method": method, "status": result.status, "steps": result.steps, "loss": result.loss, "costs": list(result.costs)}
+    facts: dict[str, Any] = {"method": method, "status": result.status, "steps": result.steps, "loss": result.loss}
     spent: dict[str, Any] = {"seconds": result.seconds, "sample_passes": result.sample_passes}
+    facts |= {"costs": list(result.costs), "limits": [budget.limit for budget in problem.budgets]}
     if job.proxy is not None:
         images = len(job.proxy.data.fit) + len(job.proxy.data.selection)
         spent["sample_passes"] += job.proxy.sample_passes

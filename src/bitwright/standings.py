@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from bitwright.evaluation import Corrected, Estimate, corrected, over_seeds
 
 Row = Mapping[str, Any]
+SPENT = 0.9
+"""A uniform policy that spends less of its budget is handicapped by it, and that is said."""
 COSTS = ("average_weight_bits", "average_activation_bits", "bitops", "size")
 COLUMNS = (
     "method",
@@ -112,7 +115,7 @@ def _comparison(a: str, b: str, result: Corrected) -> dict[str, Any]:
         "a": a,
         "b": b,
         "difference": estimate.mean,
-        "interval": list(result.interval),
+        "interval": [max(-1.0, result.interval[0]), min(1.0, result.interval[1])],
         "p_value": result.p_value,
         "p_value_alone": estimate.p_value,
         "interval_alone": list(estimate.interval()),
@@ -197,6 +200,7 @@ def _about_leader(table: Row) -> Iterator[str]:
 
 
 def _caution(table: Row) -> Iterator[str]:
+    yield from (text for entry in table["methods"] if entry["label"] == "uniform" for text in _unspent(entry["rows"][0]))
     seeds = table["methods"][0]["accuracy"]["seeds"]
     if seeds == 1:
         yield "One seed: the intervals cover other test images, but not another search and training."
@@ -205,6 +209,14 @@ def _caution(table: Row) -> Iterator[str]:
     stopped = [entry["label"] for entry in table["methods"] if entry["stopped"]]
     if stopped:
         yield f"Stopped by a step or time limit before it was done: {', '.join(stopped)}."
+
+
+def _unspent(row: Row) -> Iterator[str]:
+    """Say when the widest uniform policy is far below the budget: what it loses, it may lose for that."""
+    share = max(cost / max(1, limit) for cost, limit in zip(row["search"]["costs"], row["search"]["limits"], strict=True))
+    if share < SPENT:
+        ((w, a), _), *_ = Counter(map(tuple, row["bits"].values())).most_common()
+        yield f"Uniform, W{w}A{a} in most sites, spends {share:.0%} of the budget: no wider one fits. Mind that when you read its accuracy."
 
 
 def _sorted(comparisons: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
