@@ -159,7 +159,8 @@ def compared(rows: list[Row]) -> str:
     for budget, stage in dict.fromkeys((row["budget"], row["stage"]) for row in means):
         own = [row for row in means if (row["budget"], row["stage"]) == (budget, stage)]
         settings = json.loads(own[0]["finetune"])
-        length = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}" + (f", at most {settings['max_steps']} steps" if settings.get("max_steps") else "")
+        length = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
+        length += f", at most {settings['max_steps']} steps" if settings.get("max_steps") else ""
         parts.append(f"### {budget}, {stage} stage ({length})\n\n{_compared_table(own)}\n\n{_verdict(own)}\n")
     return "\n".join(parts)
 
