@@ -1,6 +1,6 @@
 """Accuracy of the quick CIFAR-10 recipes from the public 91.73 % ResNet-20: three seeds, the last epoch's network, whole test set.
 
-    python benchmarks/quick_recipes.py --data-root DATA --weights RESNET20.th [--seeds 0 1 2] [--recipes …] [--runs runs]
+    python benchmarks/quick_recipes.py --data-root DATA --weights RESNET20.th [--seeds 0 1 2] [--recipes …] [--set …] [--runs runs]
 
 Runs that are in ``--runs`` already are not repeated, so several processes may share the work and a last one write the rows.
 Writes results/quick-recipes.csv: a row per seed and a row of the mean with its 95 % interval (Student's t over seeds).
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from record import environment, mean_interval, write
 
 from bitwright.pipeline import run
@@ -22,12 +23,12 @@ RECIPES = ("cifar10-resnet20-sdq-quick", "cifar10-resnet20-sdq-quick-a4")
 
 def measure(recipe: str, seed: int, arguments: argparse.Namespace, made_by: dict[str, str]) -> dict[str, Any]:
     """Run a recipe with a seed, unless that was done, and return its row."""
-    out = arguments.runs / f"{recipe}-seed{seed}"
-    file = arguments.runs / f"{recipe}-seed{seed}.row.json"
+    name = "-".join([recipe, *arguments.set, f"seed{seed}"])
+    out, file = arguments.runs / name, arguments.runs / f"{name}.row.json"
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text())
         return known
-    overrides = [f"seed={seed}", f"model.weights={arguments.weights}", f"threads={arguments.threads}"]
+    overrides = [f"seed={seed}", f"model.weights={arguments.weights}", f"threads={arguments.threads}", *arguments.set]
     run(recipe, out, data_root=arguments.data_root, overrides=overrides)
     evaluation = json.loads((out / "evaluation.json").read_text())
     stages = json.loads((out / "manifest.json").read_text())["stages"]
@@ -35,7 +36,9 @@ def measure(recipe: str, seed: int, arguments: argparse.Namespace, made_by: dict
     quantized, full = evaluation["quantized"], evaluation["float"]
     row = {
         "recipe": recipe,
+        "changed": " ".join(arguments.set),
         "seed": seed,
+        "epochs": yaml.safe_load((out / "recipe.yaml").read_text())["finetune"]["epochs"],
         "threads": arguments.threads,
         "n": quantized["n"],
         "top1": quantized["top1"],
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the recipes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
     arguments = parser.parse_args()

@@ -57,7 +57,9 @@ def quick(rows: list[Row]) -> str:
         rows,
         {
             "recipe": ("recipe", str),
+            "changed": ("changed", str),
             "seed": ("seed", str),
+            "epochs": ("epochs", str),
             "top-1 %": ("top1", percent),
             "± (95 %)": ("interval", percent),
             "float %": ("float_top1", percent),
@@ -68,7 +70,10 @@ def quick(rows: list[Row]) -> str:
             "seconds": ("seconds", str),
         },
     )
-    text = "SDQ's policy, then fine-tuning against the float network's soft labels, from the public 91.73 % ResNet-20; one thread."
+    text = (
+        "SDQ's policy, then fine-tuning against the float network's soft labels, from the public 91.73 % ResNet-20. Seconds are of one "
+        "thread of a shared machine; *changed* names what differs from the recipe."
+    )
     return f"## CIFAR-10 ResNet-20, quick recipes\n\n{text} Widths are `width:layers`.\n\n{shown}\n"
 
 
