@@ -32,7 +32,7 @@ def test_a_problem_transfers_to_itself(plant: Planted) -> None:
 def test_the_cheapest_policy_is_not_safe(plant: Planted) -> None:
     content = certify(plant.problem, plant.problem, plant.problem.cheapest())
     assert not content["safe"]
-    assert any("more than the uniform policy's" in reason and "no more" not in reason for reason in content["reasons"])
+    assert any("below the threshold 40%" in reason for reason in content["reasons"])
 
 
 def test_a_proxy_of_zeros_is_not_safe(plant: Planted) -> None:
@@ -41,7 +41,7 @@ def test_a_proxy_of_zeros_is_not_safe(plant: Planted) -> None:
     proxy = plant.problem.on(plant.problem.model, SearchData(blank, blank))
     content = certify(plant.problem, proxy, plant.optimum)
     assert not content["safe"]
-    assert content["correlation"]["value"] < content["threshold"]
+    assert content["correlation"]["value"] < content["thresholds"]["correlation"]
 
 
 def test_layers_are_ranked_as_planted(plant: Planted) -> None:
@@ -69,9 +69,18 @@ def test_too_few_or_equal_layers_have_no_correlation() -> None:
     assert rank_correlation(dict.fromkeys("abc", 1.0), {"a": 1.0, "b": 2.0, "c": 3.0})["value"] == 0.0
 
 
-@pytest.mark.parametrize(("correlation", "found", "safe"), [(0.7, 1.0, True), (0.6999, 1.0, False), (0.9, 2.0, True), (0.9, 2.0001, False)])
+@pytest.mark.parametrize(("correlation", "found", "safe"), [(0.7, 1.0, True), (0.6999, 1.0, False), (0.9, 3.0, True), (0.9, 3.0001, False)])
 def test_the_verdicts_boundaries(correlation: float, found: float, safe: bool) -> None:
-    answer, reasons = verdict(correlation, {"found": found, "uniform": 2.0})
+    answer, reasons = verdict(correlation, {"found": found, "uniform": 5.0, "best": 0.0})
     assert answer is safe
     assert len(reasons) == 2
-    assert verdict(correlation, {"found": found})[0] is (correlation >= 0.7)
+
+
+def test_where_mixing_gains_nothing_only_the_ranks_decide() -> None:
+    assert verdict(0.8, {"found": 1.0, "uniform": 1.0, "best": 1.0})[0]
+    assert not verdict(0.8, {"found": 1.1, "uniform": 1.0, "best": 1.0})[0]
+
+
+def test_the_best_policy_is_the_exact_allocation(plant: Planted) -> None:
+    content = certify(plant.problem, plant.problem, plant.optimum)
+    assert content["predicted"]["best"] <= min(content["predicted"]["found"], content["predicted"]["uniform"])

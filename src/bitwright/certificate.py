@@ -1,9 +1,10 @@
 """The transfer certificate: whether a policy that was searched on a proxy dataset suits the target.
 
-No label of the target is used, and few of its images. Two things are asked. Do the layers that are sensitive on the proxy matter on the
-target too: the rank correlation of layer sensitivities? And is the policy that was found better on the target than the uniform one of
-the same budget: by the sum of the target's own sensitivities? Class margins of the float network, the uniform policy and the
-found one stand beside them. Reconstructed: SEAM (Tang et al., 2023) argues with margins, but publishes no such check.
+No label of the target is used, and few of its images. Two things are asked. Do the layers that are sensitive on the proxy matter on
+the target too: the rank correlation of layer sensitivities? And does the policy that was found keep enough of what mixing can gain
+over the uniform policy of the same budget: by the sum of the target's own sensitivities? Class margins of the float network, the
+uniform policy and the found one stand beside them. Reconstructed: SEAM (Tang et al., 2023) argues with margins, but publishes no
+such check.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from bitwright.methods.fisher import Fisher
 from bitwright.policy import Policy
 from bitwright.problem import Problem
 from bitwright.quant import quantize
+from bitwright.sensitivity import solve
 
 SAMPLE = 256
 """Images of the target, and of the proxy, on which sensitivities and margins are taken."""
 CORRELATION = 0.7
 """Least rank correlation of layer sensitivities of a proxy that counts as safe; benchmarks/transfer.py measures what it is worth."""
+KEPT = 0.4
+"""Least share of the foretold gain over uniform that a policy must keep: what searching on the target's own sensitivities gains is 1."""
 BINS = 24
 DRAWS = 2000
 
@@ -41,19 +45,21 @@ def certify(target: Problem, proxy: Problem, policy: Policy) -> dict[str, Any]:
 
     Returns:
         ``correlation`` (Spearman's, its 95 % bootstrap interval, per-layer sensitivities on both), ``predicted`` (summed target
-        sensitivity of the found and the uniform policy), ``margins`` (histograms and means), ``safe`` and the ``reasons``.
+        sensitivity of the found policy, of the uniform one and of the best for those sensitivities; the cheapest stands in for uniform
+        where no single width fits), ``margins`` (histograms and means), ``safe`` and the ``reasons``.
     """
     known = {"target": scores_of(target), "proxy": scores_of(proxy)}
     layers = {name: layer_sensitivities(target, scores) for name, scores in known.items()}
     correlation = rank_correlation(layers["proxy"], layers["target"], seed=target.seed)
     uniform = target.uniform()
     named = {"found": policy} if uniform is None else {"found": policy, "uniform": uniform}
-    predicted = {name: predicted_loss(target, known["target"], chosen) for name, chosen in named.items()}
+    rivals = {"uniform": uniform or target.cheapest(), "best": solve(target, known["target"])}
+    predicted = {name: predicted_loss(target, known["target"], chosen) for name, chosen in ({"found": policy} | rivals).items()}
     safe, reasons = verdict(correlation["value"], predicted)
     return {
         "safe": safe,
         "reasons": reasons,
-        "threshold": CORRELATION,
+        "thresholds": {"correlation": CORRELATION, "kept": KEPT},
         "samples": min(SAMPLE, len(target.data.fit)),
         "correlation": {**correlation, "layers": {site: [layers["proxy"][site], layers["target"][site]] for site in layers["target"]}},
         "predicted": predicted,
@@ -99,18 +105,21 @@ def predicted_loss(problem: Problem, scores: Mapping[str, Tensor], policy: Polic
 def verdict(correlation: float, predicted: Mapping[str, float]) -> tuple[bool, list[str]]:
     """Return whether a policy is safe to transfer, and why.
 
-    >>> verdict(0.9, {"found": 1.0, "uniform": 2.0})[0], verdict(0.1, {"found": 1.0, "uniform": 2.0})[0]
+    >>> verdict(0.9, {"found": 1.2, "uniform": 2.0, "best": 1.0})[0], verdict(0.1, {"found": 1.2, "uniform": 2.0, "best": 1.0})[0]
     (True, False)
     """
     ranked = correlation >= CORRELATION
     side = "at least" if ranked else "below"
     reasons = [f"layer sensitivities on proxy and target have rank correlation {correlation:.2f}, {side} the threshold {CORRELATION}"]
-    better = "uniform" not in predicted or predicted["found"] <= predicted["uniform"]
-    if "uniform" in predicted:
-        side = "no more than" if better else "more than"
-        found, uniform = predicted["found"], predicted["uniform"]
-        reasons.append(f"the target's sensitivities foretell a loss of {found:.4g}, {side} the uniform policy's {uniform:.4g}")
-    return ranked and better, reasons
+    gain, most = predicted["uniform"] - predicted["found"], predicted["uniform"] - predicted["best"]
+    enough = gain >= KEPT * most
+    share = f"{gain / most:.0%}" if most > 0 else "all"
+    reasons.append(
+        f"by the target's sensitivities the policy keeps {share} of what mixing can gain over uniform "
+        f"(foretold loss {predicted['found']:.4g}, uniform {predicted['uniform']:.4g}, best {predicted['best']:.4g}), "
+        f"{'at least' if enough else 'below'} the threshold {KEPT:.0%}"
+    )
+    return ranked and enough, reasons
 
 
 def histograms(problem: Problem, policies: Mapping[str, Policy]) -> dict[str, Any]:
