@@ -3,20 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from importlib.metadata import EntryPoint
 
 import pytest
+from safetensors.torch import save_file
 
 import bitwright.methods
+from bitwright import cli, runs
 from bitwright.driver import SearchMethod
 from bitwright.errors import RecipeError
 from bitwright.methods import available, get_method
 from bitwright.methods.uniform import Uniform
+from bitwright.policy import Policy
+
+OUTSIDE = '''
+"""Narrowing: every site at one of its choices, from the widest down, until the budget holds."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bitwright.driver import Proposal, SearchMethod
+
+
+@dataclass
+class State:
+    lowered: int = 0
+
+
+@dataclass(frozen=True)
+class Narrowing(SearchMethod[State]):
+    """Lower all sites together.
+
+    Attributes:
+        notches: choices to go down at each step.
+    """
+
+    ranking: ClassVar[str] = "loss"
+
+    notches: int = 1
+
+    def start(self, problem):
+        return State(-self.notches)
+
+    def step(self, problem, state, told):
+        state = State(state.lowered + self.notches)
+        index = [max(0, len(allowed) - 1 - state.lowered) for allowed in problem.choices.values()]
+        return state, Proposal(problem.policy(index), note={"lowered": state.lowered})
+
+    def done(self, problem, state):
+        index = [max(0, len(allowed) - 1 - state.lowered) for allowed in problem.choices.values()]
+        return problem.feasible(problem.policy(index))
+'''
 
 
 def test_every_file_is_a_method_named_like_it():
     found = available()
-    assert {"uniform", "random", "fisher", "sdq"} <= set(found)
+    assert {"uniform", "random", "fisher", "sdq", "greedy", "evolution", "haq"} <= set(found)
     for name, kind in found.items():
         assert get_method(name) is kind
         assert kind().name == name
@@ -27,6 +70,30 @@ def test_every_file_is_a_method_named_like_it():
 
 def test_a_class_by_its_path():
     assert get_method("bitwright.methods.uniform:Uniform") is Uniform
+
+
+def test_a_method_from_another_package_searches_from_the_command_line(monkeypatch, tmp_path, finished_run, capsys):
+    package = tmp_path / "elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "narrowing.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights = {name: tensor.contiguous() for name, tensor in runs.load_tree(finished_run / "float.safetensors").items()}
+    save_file(weights, tmp_path / "net.safetensors")
+    network = ["--model", "digits_cnn", "--weights", str(tmp_path / "net.safetensors"), "--data", "digits", "--held-out", "100"]
+    asked = ["--budget", "weight_bits<=4", "--weight-bits", "1", "2", "3", "4", "8", "--method", "elsewhere.narrowing:Narrowing"]
+    out = tmp_path / "run"
+    assert cli.main(["search", *network, *asked, "--notches", "2", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["search"]
+    assert result["method"] == "elsewhere.narrowing:Narrowing"
+    lines = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    assert [line["note"]["lowered"] for line in lines[1:]] == [0.0, 2.0]  # --notches 2, after the line of the uniform point
+    assert {bits[0] for name, bits in lines[-1]["proposed"].items() if name not in ("conv1", "fc")} == {3}  # two choices under 8
+    best = min(lines[1:], key=lambda line: line["loss"])
+    assert Policy.from_json((out / "policy.json").read_text()) == Policy(best["policy"])
+    assert result["average_weight_bits"] <= 4
+    assert cli.main(["search", str(out), "--again", "--json"]) == 0  # the recipe in the run directory names it too
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["search"]["method"] == "elsewhere.narrowing:Narrowing"
 
 
 def test_entry_points_add_methods(monkeypatch):
