@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budget", default="weight_bits<=3.03", help="just holds uniform 3 bits between ends of 8")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--finetune", type=int, default=0, help="epochs of the same fine-tuning for every policy; 0 leaves it out")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
