@@ -28,6 +28,8 @@ from torch.nn import functional
 from bitwright.errors import RecipeError, TrainingError
 from bitwright.problem import Problem
 from bitwright.quant.bench import Bench, Place, Probe
+from bitwright.quant.codes import rounded_errors
+from bitwright.quant.modules import QuantLayer
 from bitwright.sensitivity import ScoredMethod
 
 CALIBRATION = 256
@@ -45,12 +47,16 @@ class Fisher(ScoredMethod):
         block: weights whose errors are taken together: each ``weight`` by itself (the diagonal), the spatial ``kernel`` of an
             input-output pair, an output ``channel``, or the whole ``layer``.
         labels: ``model`` draws them from the network's own output; ``given`` takes the data's.
+        errors: δ is the error of the ``nearest`` codes, or what ``second-order`` rounding leaves, as a post-training quantization that
+            corrects itself will have it (`bitwright.quant.corrections`); its errors make up for each other within an output channel,
+            so take ``block="channel"`` with it.
     """
 
     samples: int = 512
     group: int = 8
     block: Block = "kernel"
     labels: Literal["model", "given"] = "model"
+    errors: Literal["nearest", "second-order"] = "nearest"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.group < 1:
@@ -86,7 +92,7 @@ def fisher_scores(problem: Problem, options: Fisher | None = None) -> dict[str, 
         return scores
     generator = torch.Generator().manual_seed(problem.seed)
     order = torch.randperm(len(problem.data.fit), generator=generator)
-    network, layers = _probed(problem, problem.data.fit.batch(order[:CALIBRATION])[0])
+    network, layers = _probed(problem, problem.data.fit.batch(order[:CALIBRATION])[0], options.errors)
     order = order[: options.samples]
     for index in torch.split(order, 1 if options.labels == "given" else options.group):
         x, y = problem.data.fit.batch(index)
@@ -109,17 +115,24 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _probed(problem: Problem, images: Tensor) -> tuple[nn.Module, list[_Layer]]:
+def _probed(problem: Problem, images: Tensor, rounding: str) -> tuple[nn.Module, list[_Layer]]:
     """Return a float copy of the network with probes at the operands, and its layers with the errors of every weight width."""
     free = [site for site in problem.sites if site.name not in problem.pins]
     offered = [bits for site in free for bits in problem.choices[site.name]]
     weights, inputs = sorted({bits.w for bits in offered}), sorted({bits.a for bits in offered})
     compared = inputs if len(inputs) > 1 else ()  # with one width there is nothing to compare
-    bench = Bench(problem.model, free, images.to(_device(problem.model)), weights=weights, inputs=compared)
+    images = images.to(_device(problem.model))
+    bench = Bench(problem.model, free, images, weights=weights, inputs=compared)
     problem.spend(bench.passes)
+    changed: dict[str, dict[int, Tensor]] = {}
+    if rounding == "second-order":
+        modules = {at: place.module for at, place in bench.places.items() if isinstance(place.module, QuantLayer)}
+        changed = rounded_errors(bench.network, modules, {at: bench.places[at].weights for at in modules}, images)
+        problem.spend(len(images))
     layers = []
-    for place in bench.places.values():
+    for address, place in bench.places.items():
         errors = {width: place.weight_error(width) for width in weights} if place.weight is not None else {}
+        errors |= changed.get(address, {})
         layers.append(_Layer(place, errors, place.probes() if compared else []))
     return bench.network.requires_grad_(), layers
 

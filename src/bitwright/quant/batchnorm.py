@@ -17,6 +17,26 @@ def batchnorms(model: nn.Module) -> dict[str, BatchNorm]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each channel of a batch ``[N, C, …]``.
+
+    >>> statistics(torch.tensor([[1.0], [3.0]]))
+    (tensor([2.]), tensor([1.]))
+    """
+    axes = [k for k in range(x.dim()) if k != 1]
+    mean = x.mean(axes, keepdim=True)
+    return mean.flatten(), (x - mean).square_().mean(axes)  # Tensor.var costs as much as the convolution before it
+
+
+def shift(module: BatchNorm, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
+    """Shift running statistics by what changed between two batches' mean and variance; see `correct_batchnorm`."""
+    if module.running_mean is None or module.running_var is None:
+        return
+    with torch.no_grad():
+        module.running_mean += after[0] - before[0]
+        module.running_var *= after[1].clamp_min(1e-12) / before[1].clamp_min(1e-12)
+
+
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[Statistics]:
     """Normalise by the batch and record each BatchNorm's input mean and variance; running statistics stay as they are."""
@@ -27,10 +47,7 @@ def batch_statistics(model: nn.Module) -> Iterator[Statistics]:
     for name, module in modules.items():
 
         def record(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            x = args[0]
-            axes = [k for k in range(x.dim()) if k != 1]
-            mean = x.mean(axes, keepdim=True)
-            seen[name] = (mean.flatten(), (x - mean).square_().mean(axes))  # Tensor.var costs as much as the convolution before it
+            seen[name] = statistics(args[0])
 
         handles.append(module.register_forward_pre_hook(record))
         module.training, module.momentum, module.num_batches_tracked = True, 0.0, None
@@ -65,9 +82,6 @@ def correct_batchnorm(quantized: nn.Module, reference: nn.Module, images: Tensor
     """
     before = known if known is not None else collect(reference, images)
     after = collect(quantized, images)
-    with torch.no_grad():
-        for name, module in batchnorms(quantized).items():
-            if name not in before or name not in after or module.running_mean is None or module.running_var is None:
-                continue
-            module.running_mean += after[name][0] - before[name][0]
-            module.running_var *= after[name][1].clamp_min(1e-12) / before[name][1].clamp_min(1e-12)
+    for name, module in batchnorms(quantized).items():
+        if name in before and name in after:
+            shift(module, before[name], after[name])

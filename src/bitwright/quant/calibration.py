@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
-from bitwright.quant.functional import SIGNED_MAX, SIGNED_MIN, SIGNED_MIN_NARROW, UNSIGNED_MAX, fake_quantize
+from bitwright.quant.functional import SIGNED_MAX, SIGNED_MIN, SIGNED_MIN_NARROW, UNSIGNED_MAX, bounds, codes
 
 Rule = Literal["minmax", "percentile", "mse"]
 
@@ -66,7 +65,7 @@ def calibrate(x: Tensor, bits: int, *, signed: bool = True, narrow: bool = False
         widest = _minmax(rows.clamp(-kept, kept), bits, signed=signed, narrow=narrow)
     step = widest.clamp_min(TINY)
     if rule == "mse":
-        step = _least_squares(rows, step, lambda values, s: fake_quantize(values, s, bits, signed=signed, narrow=narrow))
+        step = _least_squares(rows, step, bits, signed=signed, narrow=narrow)
     if axis is None:
         return step[0]
     shape = [1] * x.dim()
@@ -79,7 +78,7 @@ def _rows(x: Tensor, axis: int | None) -> Tensor:
     if axis is not None:
         return x.movedim(axis, 0).reshape(x.shape[axis], -1)
     flat = x.reshape(-1)
-    return flat[:: max(1, math.ceil(flat.numel() / SAMPLE))][None]
+    return flat[:: max(1, math.ceil(flat.numel() / SAMPLE))].contiguous()[None]
 
 
 def _minmax(rows: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
@@ -91,12 +90,18 @@ def _minmax(rows: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
     return torch.maximum(below, above)
 
 
-def _least_squares(rows: Tensor, widest: Tensor, quantized: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _least_squares(rows: Tensor, widest: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
     """Return for each row the candidate step of least squared error."""
     best, least = widest, torch.full_like(widest, math.inf)
+    low, high = bounds(bits, rows, signed=signed, narrow=narrow)
+    error = torch.empty_like(rows)
     for k in range(1, CANDIDATES + 1):
         step = (widest * (0.02 + 1.18 * k / CANDIDATES)).clamp_min(TINY)
-        error = (quantized(rows, step[:, None]) - rows).square().sum(1)
-        better = error < least
-        best, least = torch.where(better, step, best), torch.where(better, error, least)
+        if signed and bits == 1:
+            error = codes(rows, step[:, None], low, high, True)
+        else:  # the codes in place: this loop is what a calibration costs
+            torch.div(rows, step[:, None], out=error).round_().clamp_(low, high)
+        squared = error.mul_(step[:, None]).sub_(rows).square_().sum(1)
+        better = squared < least
+        best, least = torch.where(better, step, best), torch.where(better, squared, least)
     return best

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError, PolicyError, nearest
 from bitwright.policy import Bits, Policy
-from bitwright.quant.batchnorm import Statistics, correct_batchnorm
+from bitwright.quant.batchnorm import Statistics
 from bitwright.quant.calibration import Rule
+from bitwright.quant.corrections import apply_steps, check_steps
+from bitwright.quant.equalization import equalize
 from bitwright.quant.functional import UNTOUCHED
 from bitwright.quant.functional_calls import disable_fast_paths, install_calls, observe_calls, plan_calls, sites_of_calls
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, evaluating, named_quant_layers, replace_module
@@ -78,11 +80,12 @@ def quantize(
         policy: bits of every quantizable layer, by module path; or by site name where ``sites`` is given.
         quantizer: scheme, see `bitwright.quant.quantizers`; ``options`` says more and takes its place.
         calibration: inputs ``[N, …]``, or a split; needed where an activation has fewer than 16 bits.
-        correct: ``"batchnorm"`` shifts BatchNorm statistics by what quantization changed (`correct_batchnorm`).
+        correct: post-training corrections by name, see `bitwright.quant.corrections`; such as ``("batchnorm",)``.
         sites: the trace's sites; needed where a site has several layers or is a functional call (``owner#k``).
         skip: paths, or patterns, of layers that stay float and need no entry in the policy.
         options: all options of the quantizers.
-        float_statistics: the model's own BatchNorm statistics on the calibration images, to save a pass.
+        float_statistics: the model's own BatchNorm statistics on the calibration images (`batchnorm.collect`): they save a pass where
+            ``batchnorm`` is the only correction.
 
     Raises:
         PolicyError: a policy names an unknown site, or a quantizable layer has no entry.
@@ -94,11 +97,12 @@ def quantize(
     True
     """
     options = options or QuantOptions(quantizer=quantizer)
-    steps = tuple(correct)
-    for step in steps:
-        if step != "batchnorm":
-            raise BitwrightError(f"correction '{step}' is unknown; use 'batchnorm'")
+    steps = check_steps(correct)
     images = calibration_images(calibration)
+    if steps and images is None:
+        raise BitwrightError(f"correct={steps} needs calibration=; give a batch of inputs or a split")
+    if "equalize" in steps and images is not None:
+        model = equalize(model, images)
     site_of = sites_of_calls(sites or ())
     widths = _widths_by_layer(model, policy, sites, tuple(skip))
     result = copy.deepcopy(model)
@@ -110,11 +114,8 @@ def quantize(
     for path, bits in layers.items():
         replace_module(result, path, _shell(result.get_submodule(path), bits, inputs.get(path), options))
     install_calls(result, calls, operands, options)
-    if steps:
-        if images is None:
-            raise BitwrightError("correct=('batchnorm',) needs calibration=; give a batch of inputs or a split")
-        with evaluating(result):
-            correct_batchnorm(result, copy.deepcopy(model).eval(), images, float_statistics)
+    if steps and images is not None:
+        apply_steps(result, copy.deepcopy(model).eval(), images, steps, float_statistics)
     return result
 
 
