@@ -58,7 +58,7 @@ def main() -> None:
         "hawq, labels: model": HAWQ(labels="model"),
         f"limpq, max_steps: {arguments.limpq_steps}": LIMPQ(max_steps=arguments.limpq_steps, batch_size=64),
     }
-    rows = []
+    rows, made = [], environment()
     own = problems(arguments.data_root, arguments.weights)
     for name, method in measures.items():
         before, started = own[0].sample_passes, time.process_time()
@@ -70,7 +70,7 @@ def main() -> None:
             for column in ("spearman", "near_budget", "pearson"):
                 value = getattr(found, column)
                 row |= {column: value.value, f"{column}_low": value.low, f"{column}_high": value.high}
-            rows.append({**row, "warning": found.warning is not None, **environment()})
+            rows.append({**row, "warning": found.warning is not None, **made})
             print(row, flush=True)
     print(write("additivity", rows))
 

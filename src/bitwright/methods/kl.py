@@ -39,8 +39,8 @@ class KL(ScoredMethod):
 
     Attributes:
         images: selection images that the divergence is taken on.
-        batchnorm: correct the BatchNorm statistics for each choice, as the loss of a policy does; without it a choice costs less than
-            half the time.
+        batchnorm: correct the BatchNorm statistics for each choice, as the loss of a policy does; without it a choice takes less time, and
+            the scores foretell whole policies worse.
         pairs: ``measured`` takes every pair of a weight and an activation width; ``added`` takes each width once, the other operand
             in float, and adds the two: for 8 by 8 widths a quarter of the passes.
     """
