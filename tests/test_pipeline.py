@@ -361,6 +361,7 @@ def test_imagenet_recipes_run_end_to_end(name: str, tmp_path: Path) -> None:
     overrides += ["data.held_out=2", "data.options.workers=1", "quantize.calibration=2", "float={epochs: 1, batch_size: 2, max_steps: 1}"]
     # Two candidates instead of eight: calibrating the others is most of what two steps take.
     overrides += ["search.weights=[3, 4]", "search.save_every=100", "threads=1"]
+    overrides.append("finetune.lr=1e-4")  # nobody trained these networks
     if name.endswith("seam"):  # grey scans of 8 pixels: the proxy differs in size, channels and classes
         overrides += ["search.activations=[4]", "search.proxy={name: digits, images: 40, adapt: {epochs: 1, max_steps: 1, batch_size: 8}}"]
     summary = pipeline.run(name, tmp_path / "run", data_root=tmp_path / "data", overrides=overrides)

@@ -484,3 +484,14 @@ def test_a_record_is_read_as_it_was_written():
     for text in ("", "17lic", "17---u", "97licu", "19licu", "18----", "27licp-"):
         with pytest.raises(ValueError, match="no layer is written as"):
             Record.parse(text)
+
+
+def test_a_learned_activation_scale_that_crossed_zero_is_written_as_it_works(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(16, 6)
+    quantized = quantize(net, Policy({"0": (4, 4), "2": (3, 2)}), calibration=x).eval()
+    with torch.no_grad():
+        for _, layer in named_quant_layers(quantized):
+            layer.input_quantizer.scale.neg_()
+    export(quantized, "packed", tmp_path / "net.safetensors", example=x)
+    assert torch.equal(load(tmp_path / "net.safetensors", net)(x), quantized(x))

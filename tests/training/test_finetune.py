@@ -454,3 +454,10 @@ def test_mixup_pads_labels_to_the_networks_outputs():
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES + 4))
     history = finetune(net, images(1, 64), dataclasses.replace(QUICK, mixup=0.5))
     assert math.isfinite(history.epochs[-1]["loss"])
+
+
+def test_a_last_step_that_diverges_is_an_error():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES))
+    with pytest.raises(TrainingError, match="after the last step '1.weight' holds values that are not finite"):
+        loud = TensorSplit(100 * torch.randn(64, 1, 6, 6), torch.arange(64) % CLASSES)
+        finetune(net, loud, dataclasses.replace(QUICK, epochs=1, max_steps=1, lr=3e38))

@@ -143,9 +143,9 @@ def _encode_input(name: str, layer: QuantLayer) -> tuple[str, bytes]:
     if quantizer is None and layer.bits.a >= 16:
         return "-", b""
     if type(quantizer) is LSQActivation:
-        return "s" if quantizer.signed else "u", raw(quantizer.scale)
+        return "s" if quantizer.signed else "u", raw(quantizer.scale.abs())
     if type(quantizer) is PACTActivation:
-        return "p", raw(quantizer.scale)
+        return "p", raw(quantizer.scale.abs())
     if type(quantizer) is DoReFaActivation:
         return "d", b""
     found = "no quantizer" if quantizer is None else f"a {type(quantizer).__name__}"

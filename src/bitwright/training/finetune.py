@@ -166,10 +166,18 @@ def finetune(
     progress = _resume(model, optimizer, _fingerprint(options, seed, taught=teacher is not None), out)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _train(model, guide, data, options, optimizer, progress, out, log, seed)
+    _check_finite(model)
     if options.ema:
         _load(model, progress.ema)
     set_memory_order(model.eval(), channels_last=False)
     return History(tuple(progress.rows), progress.step, progress.seconds)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise `TrainingError` where the last step, whose loss nobody sees, left a number that is none."""
+    bad = next((name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())), None)
+    if bad is not None:
+        raise TrainingError(f"after the last step '{bad}' holds values that are not finite; lower lr or check the data")
 
 
 def _check_outputs(model: nn.Module, data: Split) -> None:
