@@ -417,3 +417,16 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["methods"]) == 130
     said = capsys.readouterr().err
     assert "stopped; `bitwright methods` goes on from here; if a search was running, policy.json holds the best feasible policy" in said
+
+
+def test_run_without_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ("float={epochs: 1, batch_size: 64, max_steps: 15}", "search.method=fisher", "search.options={}")
+    short = [text for change in changes for text in ("--set", change)]
+    run = tmp_path / "run"
+    assert cli.main(["run", "digits-sdq", "--no-finetune", "--set", "baselines.random=1", *short, "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert not (run / "finetune.jsonl").exists()
+    assert json.loads((run / "baselines.json").read_text())["finetune"] is None
+    assert (run / "export/model.safetensors").is_file()
+    assert cli.main(["run", str(run), "--no-finetune"]) == 2
+    assert "a run directory keeps its recipe" in capsys.readouterr().err

@@ -353,7 +353,7 @@ def test_a_truncated_checkpoint_is_refused_and_nothing_is_lost(whole: tuple[Path
 # ---- the ImageNet recipes, for two steps on a few images
 
 
-@pytest.mark.parametrize("name", ["imagenet-resnet18-sdq", "imagenet-mobilenetv2-sdq", "imagenet-resnet18-seam", "imagenet-mobilenetv2-seam"])
+@pytest.mark.parametrize("name", [f"imagenet-{net}-{method}" for net in ("resnet18", "mobilenetv2") for method in ("sdq", "seam")])
 def test_imagenet_recipes_run_end_to_end(name: str, tmp_path: Path) -> None:
     _folder_of_images(tmp_path / "data")
     steps = {"batch_size": 2, "max_steps": 2}

@@ -198,10 +198,13 @@ def _job(arguments: argparse.Namespace) -> Job:
     """Return the job of a recipe, of a run directory, or of flags."""
     target = arguments.target
     if target is not None and Path(target).is_dir():
-        if arguments.out is not None or _overrides(arguments):
+        if arguments.out is not None or _overrides(arguments) or getattr(arguments, "no_finetune", False):
             raise UsageError(f"{target}: a run directory keeps its recipe; leave out --out, --set and --seed, or give a recipe instead")
         return _existing(arguments)
     recipe = load_recipe(target if target is not None else _recipe_of_flags(arguments), _overrides(arguments))
+    if getattr(arguments, "no_finetune", False):
+        baselines = ["baselines.finetune=null"] if recipe.baselines is not None else []
+        recipe = load_recipe(recipe.to_dict(), ["finetune=null", *baselines])
     out = arguments.out or Path("runs") / recipe.name
     _say(f"run directory: {out}", sys.stderr)
     return Job.open(recipe, out, **_surroundings(arguments))
@@ -356,6 +359,10 @@ def _proxy_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--proxy", metavar="DATA[:IMAGES]", help=about)
 
 
+def _no_finetune_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-finetune", action="store_true", help="post-training quantization: train nothing after the search")
+
+
 def _place_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: $BITWRIGHT_DATA)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default); runs repeat bit for bit on cpu")
@@ -429,7 +436,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS: dict[str, tuple[Any, ...]] = {
-    "run": (run_command, _target, _out_flag, _recipe_flags, _proxy_flag, _place_flags),
+    "run": (run_command, _target, _out_flag, _recipe_flags, _proxy_flag, _no_finetune_flag, _place_flags),
     "profile": (profile_command, _optional_target, _recipe_flags, _place_flags, _flag_recipe, _profile_flags),
     "search": (search_command, _optional_target, _out_flag, _recipe_flags, _proxy_flag, _place_flags, _again_flag, _flag_recipe),
     "finetune": (finetune_command, _run_target, _new_out_flag, _recipe_flags, _place_flags, _again_flag, _policy_flag),

@@ -445,7 +445,10 @@ def test_mixup_trains_with_and_without_a_teacher_and_repeats():
     options = dataclasses.replace(QUICK, mixup=0.5)
     for teacher in (None, seeded(3, float_net).eval()):
         nets = [quantized_net() for _ in range(3)]
-        losses = [finetune(net, images(1, 64), o, teacher=teacher).epochs[-1]["loss"] for net, o in zip(nets, (options, options, QUICK))]
+        losses = [
+            finetune(net, images(1, 64), o, teacher=teacher).epochs[-1]["loss"]
+            for net, o in zip(nets, (options, options, QUICK), strict=True)
+        ]
         assert same(nets[0], nets[1])
         assert losses[0] == losses[1] != losses[2]
 
@@ -458,6 +461,6 @@ def test_mixup_pads_labels_to_the_networks_outputs():
 
 def test_a_last_step_that_diverges_is_an_error():
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES))
-    with pytest.raises(TrainingError, match="after the last step '1.weight' holds values that are not finite"):
-        loud = TensorSplit(100 * torch.randn(64, 1, 6, 6), torch.arange(64) % CLASSES)
+    loud = TensorSplit(100 * torch.randn(64, 1, 6, 6), torch.arange(64) % CLASSES)
+    with pytest.raises(TrainingError, match=r"after the last step '1\.weight' holds values that are not finite"):
         finetune(net, loud, dataclasses.replace(QUICK, epochs=1, max_steps=1, lr=3e38))

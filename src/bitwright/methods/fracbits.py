@@ -1,7 +1,8 @@
 r"""FracBits: fractional bit-widths by linear interpolation (Yang and Jin, AAAI 2021).
 
 *Published.* Every layer has a real-valued width λ; its weights are the mixture of the two neighbouring widths,
-:math:`(\lambda - \lfloor\lambda\rfloor)\,Q_{\lceil\lambda\rceil}(w) + (1 - \lambda + \lfloor\lambda\rfloor)\,Q_{\lfloor\lambda\rfloor}(w)`, and likewise its
+:math:`(\lambda - \lfloor\lambda\rfloor)\,Q_{\lceil\lambda\rceil}(w) + (1 - \lambda + \lfloor\lambda\rfloor)\,Q_{\lfloor\lambda\rfloor}(w)`,
+and likewise its
 inputs; the cost is interpolated between the neighbours in the same way; the loss is the task's plus κ times the distance of
 the cost from its target. λ starts half a bit above the target's width. When the widths are fixed, all λ are shifted by one
 number, found by bisection, so that their rounded values meet the target.
@@ -117,7 +118,8 @@ class FracBits(SupernetMethod[State]):
         fitting = state.bits + shift_to_fit(state.bits, decisions, rounded=True)
         policy = decisions.policy(nearest_candidates(fitting, decisions))
         p = interpolated(state.bits, decisions)
-        gates = {f"{row.sites[0]}:{row.kind}": p[r, : len(row.widths)].tolist() for r, row in enumerate(decisions.rows) if r in decisions.free}
+        free = [(decisions.rows[r], p[r]) for r in decisions.free]
+        gates = {f"{row.sites[0]}:{row.kind}": own[: len(row.widths)].tolist() for row, own in free}
         expected = decisions.expected_costs(p) * torch.tensor(decisions.limits)
         return Proposal(policy, tuple(expected.tolist()), gates, {"loss": state.loss, "strength": float(state.strength.max())})
 

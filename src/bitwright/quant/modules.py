@@ -64,8 +64,8 @@ class Op:
         if self.kind == "transposed":
             transposed = TRANSPOSED[self.dims]
             padding = cast("tuple[int, ...]", self.padding)
-            around = self.output_padding if output_size is None else self._output_padding(x, weight, output_size)
-            return transposed(x, weight, bias, self.stride, padding, around, self.groups, self.dilation)
+            extra = self.output_padding if output_size is None else self._output_padding(x, weight, output_size)
+            return transposed(x, weight, bias, self.stride, padding, extra, self.groups, self.dilation)
         around = self.padding
         if self.padding_mode != "zeros":
             x, around = F.pad(x, self.padding_both, mode=self.padding_mode), (0,) * self.dims
