@@ -11,6 +11,7 @@ from bitwright.driver import Stop, search
 from bitwright.errors import RecipeError
 from bitwright.methods.greedy import Greedy
 from bitwright.policy import Bits
+from bitwright.problem import Problem
 from bitwright.testing import check_method, planted, table_problem
 
 PLAIN = Greedy(exchanges=0)
@@ -79,9 +80,9 @@ def test_an_exchange_leaves_a_local_end():
 
 def test_exchanges_earn_their_place_on_tables():
     plants = [planted("table", seed) for seed in range(3)]
-    gaps = {n: [plant.gap(search(plant.problem, Greedy(exchanges=n)).policy) for plant in plants] for n in (0, 16)}
+    gaps = {n: [plant.gap(search(plant.problem, Greedy(exchanges=n)).policy) for plant in plants] for n in (0, 32)}
     assert np.mean(gaps[0]) > 0.03
-    assert np.mean(gaps[16]) < 0.01
+    assert np.mean(gaps[32]) < 0.01
 
 
 def test_the_queue_saves_evaluations_and_ends_where_the_full_rounds_end():
@@ -91,10 +92,22 @@ def test_the_queue_saves_evaluations_and_ends_where_the_full_rounds_end():
     assert lazy.evaluations < full.evaluations / 3
 
 
+def test_a_figure_that_came_out_too_high_is_looked_at_again():
+    # The first site costs nothing, the nine others 0.1 a notch. But where the first is measured, with all others at their widest,
+    # something makes it 0.12.
+    plain = table_problem([[0.0] * 8, *[[0.1 * (7 - j) for j in range(8)]] * 9], [[list(range(1, 9))] * 10], [50])
+
+    def loss(policy):
+        return plain.loss(policy) + (0.12 if [bits.w for bits in policy.values()] == [7] + [8] * 9 else 0.0)
+
+    problem = Problem(plain.model, plain.trace, plain.choices, plain.budgets, evaluate=loss)
+    assert search(problem, PLAIN).policy["0"].w == 1
+
+
 def test_fifty_sites_take_a_few_hundred_evaluations():
     problem = _convex(50, 5)
     result = search(problem, Greedy())
-    assert problem.evaluations < 400  # each full round would take 50
+    assert problem.evaluations < 700  # there are more than a hundred rounds, and a full one would take fifty
     assert result.costs[0] == 150
 
 

@@ -12,7 +12,8 @@ if its measured loss is lower.
 
 Measuring every step at every policy costs sites × notches evaluations a round. By default the steps wait in a queue ordered by what
 they cost when last measured, and only the one in front is measured anew (the lazy evaluation of Minoux, 1978): as sites get narrower a step
-mostly costs more, not less, so a stale figure is a lower bound and the first fresh one in front is the best.
+mostly costs more, not less, so a stale figure is a lower bound and the first fresh one in front is the best. Real networks are not
+quite so regular: one measurement that came out too high would keep a step back for good. So stale figures fade with age.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from bitwright.problem import Problem
 
 Floats = NDArray[np.float64]
 KINDS = 6
+FADING = 0.98
+"""What is left of a stale price after each step taken since it was measured."""
 TINY = 1e-12
 """Stands for no saving at all: such a step comes after every step that saves."""
 
@@ -45,7 +48,8 @@ class State:
     ``phase``: descent, refill, exchange or done; ``index``, ``loss``: the policy it stands at; ``found``: the loss of that policy
     with one site at another choice, ``[site, choice]``, nan where it was not measured; ``values``: what each choice of a site added to
     the loss when it was last measured, against the other choices of the site; ``slopes``: the change of the loss by the latest
-    measured step of each site and kind; ``seen``: the policies that were proposed; ``queue``: exchanges still to be tried here.
+    measured step of each site and kind, ``[site, kind]``; ``taken``: steps taken so far, and ``stamps``: how many when each of
+    the slopes was measured; ``seen``: the policies that were proposed; ``queue``: exchanges still to be tried here.
     """
 
     phase: str
@@ -54,8 +58,10 @@ class State:
     found: Tensor
     values: Tensor
     slopes: Tensor
+    stamps: Tensor
     seen: list[list[int]]
     queue: list[list[int]]
+    taken: int = 0
 
     def __post_init__(self) -> None:
         self.steps: Notches | None = None
@@ -75,7 +81,7 @@ class Greedy(SearchMethod[State]):
 
     begin: Literal["widest", "cheapest"] = "widest"
     lazy: bool = True
-    exchanges: int = 16
+    exchanges: int = 32
 
     def __post_init__(self) -> None:
         if self.begin not in ("widest", "cheapest"):
@@ -89,7 +95,8 @@ class Greedy(SearchMethod[State]):
         index = notches(problem).widest if self.begin == "widest" else problem.index(repair(problem.cheapest(), problem))
         unknown = torch.full(shape, math.nan, dtype=torch.float64)
         slopes = torch.full((shape[0], KINDS), math.nan, dtype=torch.float64)
-        return State("descent", list(index), math.nan, unknown, unknown.clone(), slopes, [], [])
+        stamps = torch.zeros_like(slopes, dtype=torch.int64)
+        return State("descent", list(index), math.nan, unknown, unknown.clone(), slopes, stamps, [], [])
 
     def step(self, problem: Problem, state: State, told: Trial | None) -> tuple[State, Proposal | None]:
         """Take the steps whose loss is known, until one must be measured; measure it, and propose the policy if it fits."""
@@ -183,6 +190,7 @@ class _Board:
         index = list(self.state.index)
         index[i] = target
         self.place(index, float(self.state.found[i, target]))
+        self.state.taken += 1
 
     def measure(self, step: int) -> list[int]:
         """Ask the loss after a step, and return the policy it leads to."""
@@ -194,6 +202,7 @@ class _Board:
         change = loss - state.loss
         state.found[i, target] = loss
         state.slopes[i, int(steps.kind[step])] = change
+        state.stamps[i, int(steps.kind[step])] = state.taken
         if math.isnan(state.values[i, source]):
             state.values[i, source] = 0.0
         state.values[i, target] = state.values[i, source] + change
@@ -209,7 +218,9 @@ class _Board:
     def descent(self) -> tuple[NDArray[np.int64], Floats]:
         """Return the steps down that are open, and their prices: loss increase over what they save of the budgets exceeded."""
         steps = self._open(self.state.index, down=True)
-        return steps, self._down_prices(steps, self._changes(steps), self._excess(self.state.index))
+        prices = self._down_prices(steps, self._changes(steps), self._excess(self.state.index))
+        age = self.state.taken - self.state.stamps.numpy()[self.steps.site[steps], self.steps.kind[steps]]
+        return steps, np.where((prices > 0) & ~self.known(steps), prices * FADING**age, prices)
 
     def refill(self) -> tuple[NDArray[np.int64], Floats]:
         """Return the steps up that fit and may gain, and their prices: the change of the loss over the room they take."""
