@@ -15,6 +15,7 @@ from bitwright.errors import RecipeError, nearest
 from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
 from bitwright.quant import QuantOptions
+from bitwright.quant.corrections import Step
 from bitwright.training import FinetuneOptions
 
 T = TypeVar("T")
@@ -111,11 +112,11 @@ class QuantizeOptions(QuantOptions):
 
     Attributes:
         calibration: training images that step sizes and BatchNorm statistics are taken from.
-        correct: corrections after quantization: ``batchnorm`` or nothing.
+        correct: corrections after quantization, see `bitwright.quant.corrections`.
     """
 
     calibration: int = 512
-    correct: tuple[Literal["batchnorm"], ...] = ()
+    correct: tuple[Step, ...] = ()
 
 
 class BaselinesSection(Section):
