@@ -20,7 +20,9 @@ PERCENTILE = 0.999
 CANDIDATES = 80
 """Step sizes that the least-squares rule tries between a fiftieth of the min-max step and 1.2 of it."""
 SAMPLE = 1 << 18
-"""Most values that a per-tensor calibration looks at; more are thinned out evenly."""
+"""Values of a tensor that a per-tensor calibration looks at; of more, those below the tail are thinned out evenly."""
+TAIL = 0.5
+"""The tail is what is larger than this share of the largest magnitude: a step is lost or won on few values, which thinning would miss."""
 
 
 def is_signed(x: Tensor) -> bool:
@@ -57,15 +59,14 @@ def calibrate(x: Tensor, bits: int, *, signed: bool = True, narrow: bool = False
         raise BitwrightError(f"calibration rule '{rule}' is unknown; use minmax, percentile or mse")
     if x.numel() == 0 or not bool(torch.isfinite(x).all()):
         raise BitwrightError("calibration got a tensor that is empty or holds values that are not finite; check the calibration data")
-    rows = _rows(x.detach().float(), axis)
+    rows, counts = _rows(x.detach().float(), axis)
     widest = _minmax(rows, bits, signed=signed, narrow=narrow)
     if rule == "percentile":
-        keep = max(1, math.ceil(PERCENTILE * rows.shape[1]))
-        kept = rows.abs().kthvalue(keep, dim=1).values[:, None]
+        kept = _quantile(rows.abs(), counts)
         widest = _minmax(rows.clamp(-kept, kept), bits, signed=signed, narrow=narrow)
     step = widest.clamp_min(TINY)
     if rule == "mse":
-        step = _least_squares(rows, step, bits, signed=signed, narrow=narrow)
+        step = _least_squares(rows, counts, step, bits, signed=signed, narrow=narrow)
     if axis is None:
         return step[0]
     shape = [1] * x.dim()
@@ -73,12 +74,31 @@ def calibrate(x: Tensor, bits: int, *, signed: bool = True, narrow: bool = False
     return step.view(shape)
 
 
-def _rows(x: Tensor, axis: int | None) -> Tensor:
-    """Return the values as one row for each step size."""
+def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor | None]:
+    """Return the values as one row for each step size, and how many values each of them stands for; None is one."""
     if axis is not None:
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1), None
     flat = x.reshape(-1)
-    return flat[:: max(1, math.ceil(flat.numel() / SAMPLE))].contiguous()[None]
+    if flat.numel() <= SAMPLE:
+        return flat[None], None
+    extremes = torch.stack(flat.aminmax())
+    bound = TAIL * extremes.abs().amax()
+    every = math.ceil(flat.numel() / SAMPLE)
+    body, tail = flat[::every], flat[flat.abs() > bound]
+    body, thin = body[body.abs() <= bound], math.ceil(tail.numel() / SAMPLE)
+    tail = tail[:: max(1, thin)]
+    counts = torch.cat([torch.full_like(body, every), torch.full_like(tail, thin), torch.ones_like(extremes)])
+    return torch.cat([body, tail, extremes])[None], counts
+
+
+def _quantile(magnitudes: Tensor, counts: Tensor | None) -> Tensor:
+    """Return for each row the magnitude that the percentile rule keeps."""
+    if counts is None:
+        return magnitudes.kthvalue(max(1, math.ceil(PERCENTILE * magnitudes.shape[1])), dim=1).values[:, None]
+    ordered, order = magnitudes.sort(1)
+    seen = counts[order].double().cumsum(1)
+    place = (seen < PERCENTILE * seen[:, -1:]).sum(1, keepdim=True)
+    return ordered.gather(1, place)
 
 
 def _minmax(rows: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
@@ -90,7 +110,7 @@ def _minmax(rows: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
     return torch.maximum(below, above)
 
 
-def _least_squares(rows: Tensor, widest: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
+def _least_squares(rows: Tensor, counts: Tensor | None, widest: Tensor, bits: int, *, signed: bool, narrow: bool) -> Tensor:
     """Return for each row the candidate step of least squared error."""
     best, least = widest, torch.full_like(widest, math.inf)
     low, high = bounds(bits, rows, signed=signed, narrow=narrow)
@@ -101,7 +121,8 @@ def _least_squares(rows: Tensor, widest: Tensor, bits: int, *, signed: bool, nar
             error = codes(rows, step[:, None], low, high, True)
         else:  # the codes in place: this loop is what a calibration costs
             torch.div(rows, step[:, None], out=error).round_().clamp_(low, high)
-        squared = error.mul_(step[:, None]).sub_(rows).square_().sum(1)
+        squares = error.mul_(step[:, None]).sub_(rows).square_()
+        squared = (squares if counts is None else squares.mul_(counts)).sum(1)
         better = squared < least
         best, least = torch.where(better, step, best), torch.where(better, squared, least)
     return best
