@@ -353,6 +353,14 @@ def test_resumed_at_any_step_is_as_if_never_stopped(tmp_path, save_every):
     assert len(lines(tmp_path / "parts")) == len(lines(tmp_path / "whole")) == 9
 
 
+def test_a_resumed_search_evaluates_no_policy_again(tmp_path):
+    script = (policy(1, 1), policy(2, 1), policy(1, 2), policy(2, 1), policy(2, 2), policy(1, 3))
+    search(problem(), Scripted(script), out=tmp_path, stop=Stop(steps=3))
+    again = problem()
+    search(again, Scripted(script), out=tmp_path)
+    assert again.evaluations == 1  # of (1, 3): the session before knew the others, (2, 2) as the uniform point
+
+
 @pytest.mark.parametrize("where", range(1, 12))
 def test_lines_written_after_the_last_checkpoint_are_written_again(tmp_path, where):
     @dataclass(frozen=True)

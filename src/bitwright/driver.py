@@ -265,6 +265,8 @@ class _Session:
         first, *records = runs.read_jsonl(self.out / LINES)
         self.uniform = _trial(first) if first["policy"] is not None else None
         self.history = [_trial(record) for record in records]
+        for trial in filter(None, [self.uniform, *self.history]):  # the session before knew what it had evaluated
+            self.problem.remember(trial.policy, trial.loss)
         self.steps, self.lines, self.earlier, self.finished = saved["step"], saved["lines"], saved["seconds"], saved["finished"]
         self.told = self.history[-1] if saved["told"] else None
         self.passes = self.problem.sample_passes - saved["sample_passes"]

@@ -231,6 +231,11 @@ class Problem:
             self.evaluations += 1
         return self._losses[key]
 
+    def remember(self, policy: Mapping[str, Bits], loss: float) -> None:
+        """Take a loss that an earlier session of a search evaluated, so that it is not evaluated again; nan says it was not."""
+        if not math.isnan(loss):
+            self._losses.setdefault(self.policy(self.index(policy)), loss)
+
     @cached_property
     def _evaluator(self) -> Loss:
         if self._evaluate is not None:
