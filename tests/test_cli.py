@@ -290,7 +290,10 @@ def _run(recipe: Path, out: Path, *overrides: str) -> list[object]:
         (["model.arguments={num_classes: 5}"], "has 5 outputs and the labels of digits run to 9; give it 10 outputs"),
         (["model.name=cifar_resnet20"], "does not run on the 1x8x8 images of digits"),
         (["model.weights=missing.safetensors"], "weights 'missing.safetensors': no such file"),
-        (["quantize.correct=[batchnrm]"], "quantize.correct is ['batchnrm']; expected 'batchnorm'"),
+        (
+            ["quantize.correct=[batchnrm]"],
+            "quantize.correct is ['batchnrm']; expected 'equalize', 'compensate', 'rounding', 'refine', 'bias' or 'batchnorm'",
+        ),
     ],
 )
 def test_a_wrong_recipe(overrides: list[str], message: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
