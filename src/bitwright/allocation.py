@@ -1,7 +1,8 @@
 """Exact allocation: the cheapest total loss under integer budgets, by HiGHS, and what follows from it.
 
 Every function here sees plain numbers: ``values[site][choice]`` is what one choice adds to the loss,
-``terms[budget][site][choice]`` is the integer it adds to a cost, ``limits[budget]`` is what the costs may sum to.
+``terms[row][site][choice]`` is the integer it adds to a cost, ``limits[row]`` is what the costs may sum to. A budget has one row,
+or several that all stay within its limit where the cost is a peak (`bitwright.problem.Problem.rows`).
 """
 
 from __future__ import annotations
@@ -128,9 +129,35 @@ def nearest_limits(terms: Terms, limits: Sequence[int]) -> tuple[int | None, ...
 
 
 def reachable(problem: Problem) -> tuple[tuple[int, int], ...]:
-    """Return the least and the largest cost of any policy of ``problem``, per budget and in the cost's own unit."""
-    fixed = [budget.limit - limit for budget, limit in zip(problem.budgets, problem.limits, strict=True)]
-    return tuple((low + f, high + f) for (low, high), f in zip(ranges(problem.terms), fixed, strict=True))
+    """Return the least and the largest cost of any policy of ``problem``, per budget and in the cost's own unit.
+
+    Of a peak, the largest of several rows, it is exact where each site has one choice that is least in all of them, as narrow
+    activations are for memory; else the least is a bound.
+    """
+    both = ranges(problem.terms)
+    lows, highs = (problem.by_budget(pair[i] for pair in both) for i in (0, 1))
+    return tuple((int(low), int(high)) for low, high in zip(lows, highs, strict=True))
+
+
+def nearest_limit(problem: Problem, k: int) -> int | None:
+    """Return the least limit of budget ``k`` that can be met while the others stay as they are (None: no such limit)."""
+    own = [r for r, row in enumerate(problem.rows) if row.budget == k]
+    if len(own) == 1:
+        found = nearest_limits(problem.terms, problem.limits)[own[0]]
+        return None if found is None else found + problem.rows[own[0]].cost.fixed
+    values = [np.zeros(len(allowed)) for allowed in problem.choices.values()]
+
+    def met(limit: int) -> bool:
+        limits = [limit - row.cost.fixed if row.budget == k else problem.limits[r] for r, row in enumerate(problem.rows)]
+        return _try_allocate(values, problem.terms, limits) is not None
+
+    low, high = reachable(problem)[k]
+    if not met(high):
+        return None
+    while low < high:  # the least limit is in low … high
+        middle = (low + high) // 2
+        low, high = (low, middle) if met(middle) else (middle + 1, high)
+    return high
 
 
 def repair(policy: Policy, problem: Problem) -> Policy:

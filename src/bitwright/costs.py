@@ -1,7 +1,7 @@
 """Costs: what a choice of bits spends at a site, as exact integers; and budgets, which limit a cost.
 
-Every cost is a sum of integer terms, one per site, plus a fixed part. Averages and decimals are exact fractions, so no
-limit is crossed by rounding.
+A cost is a sum of integer terms, one per site, plus a fixed part; or, like peak memory, the largest of several such sums. Averages
+and decimals are exact fractions, so no limit is crossed by rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from bitwright.policy import Bits, check_bits
 from bitwright.sites import Site
 
 _FLOAT = Bits(32, 32)
+BYTES: Mapping[str, int] = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+"""Units of memory in a budget."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,27 @@ class Cost(ABC):
     def __call__(self, site: Site, bits: Bits) -> int:
         """Return the term of ``site`` at ``bits``."""
 
+    @property
+    def rows(self) -> tuple[Cost, ...]:
+        """The sums of which the largest is the cost: the cost itself, unless it is a peak."""
+        return (self,)
+
     def total(self, sites: Iterable[Site], policy: Mapping[str, Bits]) -> int:
-        """Return the cost of a policy: the terms of all sites and the fixed part.
+        """Return the cost of a policy: the terms of all sites and the fixed part, of the largest of the rows.
 
         Raises:
             PolicyError: a site has no entry in the policy.
         """
-        terms = 0
+        sites = tuple(sites)
         for site in sites:
             if site.name not in policy:
                 raise PolicyError(f"policy: no entry for site '{site.name}'; give every site its bits")
-            terms += self(site, policy[site.name])
-        return self.fixed + terms
+        return max(row.fixed + sum(row(site, policy[site.name]) for site in sites) for row in self.rows)
+
+    def in_float(self, sites: Iterable[Site]) -> int:
+        """Return what the network costs in float32, the fixed part left out: the whole of a budget in percent."""
+        sites = tuple(sites)
+        return self.total(sites, {site.name: _FLOAT for site in sites}) - self.fixed
 
     def limit(self, number: Fraction, suffix: str, sites: Iterable[Site]) -> int:
         """Return the largest total that a budget of ``number`` (exact) and ``suffix`` (a key of ``suffixes``) allows."""
@@ -120,7 +131,7 @@ class Size(Cost):
 
     name: ClassVar[str] = "size"
     unit: ClassVar[str] = "bytes"
-    suffixes: ClassVar[Mapping[str, int]] = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    suffixes: ClassVar[Mapping[str, int]] = BYTES
 
     fixed: int = 0
 
@@ -131,8 +142,17 @@ class Size(Cost):
 
     def show(self, total: int, sites: Iterable[Site]) -> str:
         """Return the size in decimal units."""
-        factor, suffix = next((f, s) for f, s in ((10**6, "MB"), (10**3, "KB"), (1, "B")) if total >= f or f == 1)
-        return f"{total / factor:.4g}{suffix}"
+        return show_bytes(total)
+
+
+def show_bytes(total: int) -> str:
+    """Return an amount of memory in decimal units.
+
+    >>> show_bytes(64_000), show_bytes(12)
+    ('64KB', '12B')
+    """
+    factor, suffix = next((f, s) for f, s in ((10**6, "MB"), (10**3, "KB"), (1, "B")) if total >= f or f == 1)
+    return f"{total / factor:.4g}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,13 @@ class Budget:
 
 
 def parse_budget(
-    text: str, sites: Iterable[Site], *, pins: Mapping[str, Bits], fixed_bytes: int = 0, float_bytes: int | None = None
+    text: str,
+    sites: Iterable[Site],
+    *,
+    pins: Mapping[str, Bits],
+    fixed_bytes: int = 0,
+    float_bytes: int | None = None,
+    costs: Iterable[Cost] = (),
 ) -> Budget:
     """Read a budget: ``COST<=LIMIT``.
 
@@ -174,6 +200,7 @@ def parse_budget(
         pins: bits of the sites that are not free.
         fixed_bytes: bytes of the packed file that no policy changes.
         float_bytes: bytes of the float32 network, which ``size<=10%`` is a share of; by default 4 per site weight.
+        costs: further costs that a budget may name, such as those of `bitwright.memory` and `bitwright.bitfusion`.
 
     Raises:
         BudgetError: the text does not parse, or allows nothing.
@@ -186,7 +213,7 @@ def parse_budget(
     match = re.fullmatch(r"\s*(\w+)\s*<=\s*(.*?)\s*", text)
     if match is None:
         raise BudgetError(f"budget '{text}': expected COST<=LIMIT, such as 'bitops<=W3A3', 'weight_bits<=1.93' or 'size<=64KB'")
-    cost = _cost(text, match[1], fixed_bytes)
+    cost = _cost(text, match[1], (BitOps(), WeightBits(), Size(fixed_bytes), *costs))
     uniform = re.fullmatch(r"[wW](\d+)[aA](\d+)", match[2])
     if uniform is not None:
         limit = _uniform(text, cost, sites, Bits(int(uniform[1]), int(uniform[2])), pins)
@@ -195,8 +222,8 @@ def parse_budget(
     return Budget(cost, limit, text)
 
 
-def _cost(text: str, name: str, fixed_bytes: int) -> Cost:
-    known: dict[str, Cost] = {cost.name: cost for cost in (BitOps(), WeightBits(), Size(fixed_bytes))}
+def _cost(text: str, name: str, costs: Iterable[Cost]) -> Cost:
+    known = {cost.name: cost for cost in costs}
     if name not in known:
         raise BudgetError(f"budget '{text}': no cost '{name}'; {nearest(name, known)}")
     return known[name]
@@ -223,7 +250,7 @@ def _amount(text: str, limit: str, cost: Cost, sites: tuple[Site, ...], float_by
     if match[1] == "-" or number == 0:
         raise BudgetError(f"budget '{text}': limit '{limit}' allows nothing; give a positive {expected.removeprefix('a ')}")
     if match[4] == "%":
-        whole = float_bytes if isinstance(cost, Size) and float_bytes is not None else sum(cost(site, _FLOAT) for site in sites)
+        whole = float_bytes if isinstance(cost, Size) and float_bytes is not None else cost.in_float(sites)
         return math.floor(number * whole / 100)
     suffix = next((known for known in cost.suffixes if known.lower() == match[4].lower()), None)
     if suffix is None:

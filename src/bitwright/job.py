@@ -17,6 +17,7 @@ from bitwright.costs import BitOps, Budget, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data
 from bitwright.errors import RunError
 from bitwright.exporters.packed import packed_overhead
+from bitwright.memory import ActivationMemory
 from bitwright.models import build, load_weights
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Choices, Problem, build_choices
@@ -139,7 +140,12 @@ class Job:
         """Return budgets of this network; raises `BudgetError` for one that does not parse."""
         pins = {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
         extent = {"fixed_bytes": self.overhead, "float_bytes": 4 * self.trace.parameters}
-        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent) for text in texts)
+        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent, costs=(self.memory,)) for text in texts)
+
+    @property
+    def memory(self) -> ActivationMemory:
+        """The cost of activations held at once; what no site reads is float32 where the recipe quantizes no activation."""
+        return ActivationMemory(self.trace.lifetimes, 8 if min(self.recipe.search.activations) < 16 else 32)
 
     @cached_property
     def problem(self) -> Problem:
@@ -262,6 +268,7 @@ class Job:
             "average_activation_bits": sum(site.acts * policy[site.name].a for site in sites) / acts,
             "bitops": BitOps().total(sites, policy),
             "size": Size(self.overhead).total(sites, policy),
+            "activation_memory": self.memory.total(sites, policy),
             "weight_widths": dict(sorted(Counter(bits.w for bits in weighted).items())),
             "activation_widths": dict(sorted(Counter(policy[site.name].a for site in sites).items())),
         }

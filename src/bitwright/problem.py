@@ -20,7 +20,7 @@ from bitwright.errors import BitwrightError, BudgetError, PolicyError, SiteError
 from bitwright.policy import Bits, Policy, check_bits
 
 if TYPE_CHECKING:
-    from bitwright.costs import Budget
+    from bitwright.costs import Budget, Cost
     from bitwright.data import Split
     from bitwright.sites import Site, Trace
 
@@ -157,19 +157,27 @@ class Problem:
         return {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
 
     @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The sums that budgets limit: one a budget, or several of a peak, as far as they can be its largest."""
+        rows = [Row(k, cost) for k, budget in enumerate(self.budgets) for cost in _undominated(budget.cost, self.sites, self.choices)]
+        return tuple(rows)
+
+    @cached_property
     def terms(self) -> tuple[tuple[NDArray[np.int64], ...], ...]:
-        """The integer cost of every choice: ``terms[budget][site][choice]``, in the order of ``choices``."""
-        return tuple(self.cost_matrix(k) for k in range(len(self.budgets)))
+        """The integer cost of every choice: ``terms[row][site][choice]``, in the order of ``choices``; see `rows`."""
+        return tuple(cost_matrix(row.cost, self.sites, self.choices) for row in self.rows)
 
     @cached_property
     def limits(self) -> tuple[int, ...]:
-        """What the terms of each budget may sum to: its limit less the cost's fixed part."""
-        return tuple(budget.limit - budget.cost.fixed for budget in self.budgets)
+        """What the terms of each row may sum to: its budget's limit less the row's fixed part."""
+        return tuple(self.budgets[row.budget].limit - row.cost.fixed for row in self.rows)
 
-    def cost_matrix(self, k: int) -> tuple[NDArray[np.int64], ...]:
-        """Return the terms of budget ``k``: per site one integer per choice."""
-        cost = self.budgets[k].cost
-        return tuple(np.asarray([cost(site, bits) for bits in self.choices[site.name]], dtype=np.int64) for site in self.sites)
+    def by_budget(self, totals: Iterable[float]) -> list[float]:
+        """Return the largest of the rows of each budget, from what the terms of every row sum to; fixed parts are added."""
+        largest = [-math.inf] * len(self.budgets)
+        for row, amount in zip(self.rows, totals, strict=True):
+            largest[row.budget] = max(largest[row.budget], amount + row.cost.fixed)
+        return largest
 
     def index(self, policy: Mapping[str, Bits]) -> tuple[int, ...]:
         """Return the position of each site's bits among its choices.
@@ -198,7 +206,7 @@ class Problem:
     def costs(self, policy: Mapping[str, Bits]) -> tuple[int, ...]:
         """Return what a policy costs, per budget and in the cost's unit, its fixed part included."""
         index = self.index(policy)
-        return tuple(budget.cost.fixed + allocation.total(terms, index) for budget, terms in zip(self.budgets, self.terms, strict=True))
+        return tuple(int(cost) for cost in self.by_budget(allocation.total(terms, index) for terms in self.terms))
 
     def feasible(self, policy: Mapping[str, Bits]) -> bool:
         """Say whether a policy keeps every budget, in exact integers."""
@@ -268,8 +276,8 @@ class Problem:
                     f"budget '{budget.text}' cannot be met: its limit is {self._shown(budget, budget.limit)} and the choices reach "
                     f"{self._shown(budget, low)} to {self._shown(budget, high)}; the nearest feasible limit is {self._shown(budget, low)}"
                 )
-        nearest_limits = allocation.nearest_limits(self.terms, self.limits)
-        if any(k is None or k > limit for k, limit in zip(nearest_limits, self.limits, strict=True)):
+        nearest_limits = [allocation.nearest_limit(self, k) for k in range(len(self.budgets))]
+        if any(found is None or found > budget.limit for found, budget in zip(nearest_limits, self.budgets, strict=True)):
             raise BudgetError(self._joint_text(ranges, nearest_limits))
 
     def _shown(self, budget: Budget, total: int) -> str:
@@ -280,7 +288,7 @@ class Problem:
         for budget, (low, high), found in zip(self.budgets, ranges, nearest_limits, strict=True):
             parts.append(f"'{budget.text}' alone reaches {self._shown(budget, low)} to {self._shown(budget, high)}")
             if found is not None:
-                ways.append(f"'{budget.text}' to {self._shown(budget, found + budget.cost.fixed)}")
+                ways.append(f"'{budget.text}' to {self._shown(budget, found)}")
         way = "raise " + " or ".join(ways) if ways else "raise several of them"
         return f"budgets {', '.join(repr(b.text) for b in self.budgets)} cannot be met together: {'; '.join(parts)}; {way}"
 
@@ -310,6 +318,34 @@ class Problem:
             "seed": self.seed,
             "weights": digest(self.model),
         }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sum of terms that a budget limits: the number of the budget, and the sum as a cost."""
+
+    budget: int
+    cost: Cost
+
+
+def cost_matrix(cost: Cost, sites: Sequence[Site], choices: Mapping[str, Sequence[Bits]]) -> tuple[NDArray[np.int64], ...]:
+    """Return the terms of a cost: per site one integer per choice."""
+    return tuple(np.asarray([cost(site, bits) for bits in choices[site.name]], dtype=np.int64) for site in sites)
+
+
+def _undominated(cost: Cost, sites: Sequence[Site], choices: Mapping[str, Sequence[Bits]]) -> list[Cost]:
+    """Return the rows of a cost without those that another one reaches or exceeds at every policy."""
+    rows = cost.rows
+    if len(rows) == 1:
+        return list(rows)
+    flat = np.stack([np.concatenate([[row.fixed], *cost_matrix(row, sites, choices)]) for row in rows])
+    starts = np.cumsum([0, 1, *(len(choices[site.name]) for site in sites)])[:-1]
+    kept: list[int] = []
+    for r in np.argsort(-flat.sum(1), kind="stable"):
+        excess = np.minimum.reduceat(flat[kept] - flat[r], starts, 1).sum(1)  # at the policy where it is least
+        if not (excess >= 0).any():
+            kept.append(int(r))
+    return [rows[r] for r in sorted(kept)]
 
 
 def digest(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from bitwright.costs import BitOps, Size, WeightBits
 from bitwright.errors import BitwrightError, RunError, nearest
 from bitwright.exporters.packed import packed_overhead
 from bitwright.job import Job
+from bitwright.memory import ActivationMemory
 from bitwright.methods import available, get_method
 from bitwright.policy import Bits
 from bitwright.problem import Problem
@@ -95,6 +96,7 @@ def _table(traced: Trace, overhead: int) -> dict[str, Any]:
         "parameters": traced.parameters,
         "weights": sum(site.weights for site in sites),
         "macs": sum(site.macs for site in sites),
+        "peak": ActivationMemory(traced.lifetimes).peak(sites, dict.fromkeys(traced.names, Bits(8, 8))),
         "uniform": {repr(bits): _uniform(traced, overhead, bits) for bits in UNIFORM},
     }
 
@@ -109,6 +111,7 @@ def _uniform(traced: Trace, overhead: int, bits: Bits) -> dict[str, float]:
         "bitops": BitOps().total(traced.sites, policy),
         "weight_bits": WeightBits().total(traced.sites, policy) / weights,
         "size": Size(overhead).total(traced.sites, policy),
+        "activation_memory": ActivationMemory(traced.lifetimes, 8 if bits.a < 16 else 32).total(traced.sites, policy),
     }
 
 
@@ -152,6 +155,7 @@ def show(result: Mapping[str, Any]) -> None:
     console = new_console()
     console.print(_sites_table(result))
     console.print(_uniform_table(result))
+    console.print(f"activations are at their peak in '{result['peak']}' (all at 8 bits)", highlight=False)
     if "sensitivity" in result:
         for table in _sensitivity_tables(result["sensitivity"]):
             console.print(table)
@@ -174,10 +178,15 @@ def _sites_table(result: Mapping[str, Any]) -> Table:
 
 def _uniform_table(result: Mapping[str, Any]) -> Table:
     table = Table(title="one width pair everywhere, first and last site at 8 bits")
-    for heading in ("widths", "BitOps", "bits a weight", "packed size"):
+    for heading in ("widths", "BitOps", "bits a weight", "packed size", "peak of activations"):
         table.add_column(heading, justify="left" if heading == "widths" else "right")
     for widths, costs in result["uniform"].items():
-        table.add_row(widths, amount(costs["bitops"]), f"{costs['weight_bits']:.3f}", size_text(costs["size"]))
+        table.add_row(
+            widths,
+            amount(costs["bitops"]),
+            f"{costs['weight_bits']:.3f}",
+            *(size_text(costs[name]) for name in ("size", "activation_memory")),
+        )
     return table
 
 

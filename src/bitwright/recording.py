@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitwright.calls import UNSUPPORTED, Call, Function, read_call, slots
 from bitwright.errors import SiteError, nearest
+from bitwright.lifetimes import Tape, activations
 
 _Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -92,6 +93,7 @@ class Recorder(TorchFunctionMode):
         self.skipped: dict[str, None] = {}
         self.found: list[str] = []
         self.stack: list[_Frame] = []
+        self.tape = Tape(self.batch)
         # Tensors made of parameters and buffers only: True where a parameter is among them.
         self.constant = WeakTensorKeyDictionary()
         for parameter in model.parameters():
@@ -120,6 +122,9 @@ class Recorder(TorchFunctionMode):
         if self.stack:  # before and after the root's forward nothing belongs to the model
             self._observe(func, args, kwargs, out)
         self._follow(func, args, kwargs, out)
+        if self.stack:
+            written = args[0] if getattr(func, "__name__", "") == "__setitem__" else out
+            self.tape.note(func, self.stack[-1].path, activations((args, kwargs), self.constant), activations(written, self.constant))
         return out
 
     def _follow(self, func: Function, args: Any, kwargs: Any, out: Any) -> None:
@@ -169,14 +174,20 @@ class Recorder(TorchFunctionMode):
         weight = self._weight(call)
         if weight is None:
             if self._skip(frame, address):
+                self.tape.read_in_float(call.operands)
                 return
             self._check_product(frame, call, frame.path or address)
+            self.tape.read_by(address, call.operands)
             self._add(address, address, call, None, left.numel() + right.numel())
             return
         own = _runs_own_forward(frame.module) and weight is frame.module.weight
         name, address = (frame.path, frame.path) if own else (self.names[id(weight)], address)
-        if not self._skip(frame, name, self.parameter_paths[id(weight)]):
-            self._add(name, address, call, weight, (right if weight is left else left).numel())
+        inputs = right if weight is left else left
+        if self._skip(frame, name, self.parameter_paths[id(weight)]):
+            self.tape.read_in_float([inputs])
+            return
+        self.tape.read_by(name, [inputs])
+        self._add(name, address, call, weight, inputs.numel())
 
     def _weight(self, call: Call) -> Tensor | None:
         candidates = {"second": call.operands[1:], "either": call.operands, "none": ()}[call.role]
@@ -229,7 +240,7 @@ class Recorder(TorchFunctionMode):
         width = query.shape[-1]
         for k, (xs, weight) in enumerate(inputs):
             distinct = {id(x): x.numel() for x in xs}
-            self._projection(frame, f"{path}#{k}", weight, sum(x.numel() for x in xs) * width, sum(distinct.values()))
+            self._projection(frame, f"{path}#{k}", weight, sum(x.numel() for x in xs) * width, sum(distinct.values()), xs)
         tokens = key.shape[0] + (given["bias_k"] is not None) + bool(given["add_zero_attn"])
         keys = key.numel() // key.shape[-1] // key.shape[0] * tokens * width
         scores = query.numel() // width * given["num_heads"] * tokens
@@ -238,14 +249,17 @@ class Recorder(TorchFunctionMode):
                 self._add(f"{path}#{suffix}", f"{path}#{suffix}", Call("matmul", (query, key), query.numel() * tokens, (0, 0)), None, acts)
         self._projection(frame, f"{path}.out_proj", given["out_proj_weight"], query.numel() * width, query.numel())
 
-    def _projection(self, frame: _Frame, address: str, weight: Tensor, macs: int, acts: int) -> None:
+    def _projection(self, frame: _Frame, address: str, weight: Tensor, macs: int, acts: int, seen: Iterable[Tensor] = ()) -> None:
         if id(weight) not in self.names:
             if not self._skip(frame, address):
                 ask = f"remove its parametrization, or skip=['{frame.path}']"
                 raise SiteError(f"trace: in {_where(frame)}: the weight of {address} is no parameter of the model; {ask}")
             return
         name = self.names[id(weight)]
-        if not self._skip(frame, name):
+        if self._skip(frame, name):
+            self.tape.read_in_float(seen)
+        else:
+            self.tape.read_by(name, seen)
             self._add(name, address, Call("linear", (weight, weight), macs, (0, 0), "second"), weight, acts)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitwright.allocation import allocate
+from bitwright.costs import Cost
 from bitwright.errors import BudgetError, SiteError
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem
@@ -82,15 +83,14 @@ class Decisions:
         self.counts = torch.tensor([len(row.widths) for row in self.rows])
         self.free = [r for r, row in enumerate(self.rows) if len(row.widths) > 1]
         self.of_site = {name: [r for r, row in enumerate(self.rows) if name in row.sites] for name in problem.choices}
-        self.tables = [self._table(k) for k in range(len(problem.budgets))]
+        self.tables = [self._table(row.cost) for row in problem.rows]
         self.limits = [float(max(1, limit)) for limit in problem.limits]
         places = [self.of_site[site.name] for site in problem.sites]
         self.weight_rows, self.input_rows = (torch.tensor([place[j] for place in places]) for j in (0, 1))
 
-    def _table(self, k: int) -> Tensor:
+    def _table(self, cost: Cost) -> Tensor:
         """Return the cost of each pair of candidates, float64 ``[site, weight width, input width]``."""
         table = torch.zeros(len(self.problem.sites), self.widest, self.widest, dtype=torch.float64)
-        cost = self.problem.budgets[k].cost
         for s, site in enumerate(self.problem.sites):
             weights, inputs = (self.rows[r].widths for r in self.of_site[site.name])
             for i, w in enumerate(weights):
@@ -99,18 +99,23 @@ class Decisions:
         return table
 
     def expected_costs(self, probabilities: Tensor) -> Tensor:
-        """Return the expected cost of each budget over its limit, differentiable.
+        """Return the expected cost of each budget over its limit, differentiable; of a peak, that of each of its rows.
 
         Args:
             probabilities: ``[row, candidate]``; weights and inputs are drawn independently.
 
         Returns:
-            float64 ``[budget]``.
+            float64 ``[budget]``, or more where a budget has several rows (`bitwright.problem.Problem.rows`).
         """
         p = probabilities.double()
         left, right = p[self.weight_rows], p[self.input_rows]
         totals = [torch.einsum("sij,si,sj->", table, left, right) / limit for table, limit in zip(self.tables, self.limits, strict=True)]
         return torch.stack(totals)
+
+    def expected_spending(self, probabilities: Tensor) -> tuple[float, ...]:
+        """Return the expected cost of each budget in its own unit, fixed parts included; of a peak, its largest row."""
+        costs = self.expected_costs(probabilities) * torch.tensor(self.limits)
+        return tuple(self.problem.by_budget(costs.tolist()))
 
     def policy(self, index: Sequence[int]) -> Policy:
         """Return the policy that takes candidate ``index[r]`` in row r."""
@@ -129,16 +134,16 @@ class Decisions:
             allowed: bool ``[row, candidate]``.
         """
         groups = sorted({tuple(places) for places in self.of_site.values()})
-        columns, terms = [], [[] for _ in self.problem.budgets]  # type: ignore[var-annotated]
+        columns, terms = [], [[] for _ in self.problem.rows]  # type: ignore[var-annotated]
         for weights, inputs in groups:
             pairs = self._pairs(weights, inputs)
             value = [float(values[weights, i] + values[inputs, j]) for i, j in pairs]
             fits = [bool(allowed[weights, i] & allowed[inputs, j]) for i, j in pairs]
             columns.append([v if ok else float("inf") for v, ok in zip(value, fits, strict=True)])
-            for k, budget in enumerate(self.problem.budgets):
+            for k, row in enumerate(self.problem.rows):
                 sites = [self._site(name) for name in self.rows[weights].sites]
                 bits = [Bits(self.rows[weights].widths[i], self.rows[inputs].widths[j]) for i, j in pairs]
-                terms[k].append(np.array([sum(budget.cost(site, b) for site in sites) for b in bits], dtype=np.int64))
+                terms[k].append(np.array([sum(row.cost(site, b) for site in sites) for b in bits], dtype=np.int64))
         try:
             chosen = allocate([np.array(column) for column in columns], terms, self.problem.limits)
         except BudgetError:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bitwright.errors import SiteError, nearest
+from bitwright.lifetimes import Lifetimes
 from bitwright.recording import LAYERS, Entry, Recorder, Skips
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -63,11 +64,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Trace:
-    """The sites of a model in execution order, what was skipped, and the number of its parameter elements."""
+    """The sites of a model in execution order, what was skipped, the number of its parameter elements, and what it holds when."""
 
     sites: tuple[Site, ...]
     skipped: tuple[str, ...]
     parameters: int
+    lifetimes: Lifetimes = field(default_factory=Lifetimes)
 
     def __getitem__(self, name: str) -> Site:
         for site in self.sites:
@@ -120,13 +122,16 @@ def trace(model: nn.Module, example: Example, *, skip: Iterable[str] = (), tie: 
     if not tensors:
         raise SiteError("trace: the example holds no tensor; pass the tensor, the tuple or the dict that the model is called with")
     recorder = Recorder(model, skips, batch=tensors[0].shape[0] if tensors[0].dim() else 1)
-    _run(model, example, recorder)
+    lifetimes = _run(model, example, recorder)
     skips.check_all_used(recorder.found)
-    sites = _tie([_site(entry, recorder.batch) for entry in recorder.entries.values()], tie)
+    alone = [_site(entry, recorder.batch) for entry in recorder.entries.values()]
+    sites = _tie(alone, tie)
     if not sites:
         kind = type(model).__name__
         raise SiteError(f"trace: {kind} ran no layer that can be quantized; it needs a Conv, Linear or matmul that is not skipped")
-    return Trace(tuple(sites), tuple(recorder.skipped), sum(p.numel() for p in model.parameters()))
+    owner = {layer: site.name for site in sites for layer in site.layers}
+    lifetimes = lifetimes.renamed({site.name: owner[site.layers[0]] for site in alone})
+    return Trace(tuple(sites), tuple(recorder.skipped), sum(p.numel() for p in model.parameters()), lifetimes)
 
 
 def _check_traceable(model: nn.Module, skips: Skips) -> None:
@@ -141,7 +146,7 @@ def _check_traceable(model: nn.Module, skips: Skips) -> None:
             raise SiteError(f"trace: '{path or 'the model'}' is compiled; trace it before torch.compile")
 
 
-def _run(model: nn.Module, example: Example, recorder: Recorder) -> None:
+def _run(model: nn.Module, example: Example, recorder: Recorder) -> Lifetimes:
     with _preserved(model), torch.no_grad(), ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer hides its linears
@@ -150,11 +155,11 @@ def _run(model: nn.Module, example: Example, recorder: Recorder) -> None:
         plain = dict(example) if isinstance(example, Mapping) else example
         inputs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, plain)
         stack.enter_context(recorder)
+        recorder.tape.start(inputs)
         try:
             if isinstance(inputs, dict):
-                model(**inputs)
-            else:
-                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+                return recorder.tape.finish(model(**inputs))
+            return recorder.tape.finish(model(*(inputs if isinstance(inputs, tuple) else (inputs,))))
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             reason = (str(error).splitlines() or [""])[0]
             found = f"{type(error).__name__}: {reason}"

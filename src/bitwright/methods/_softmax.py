@@ -135,8 +135,8 @@ class SoftmaxMethod(SupernetMethod[S]):
             policy = decisions.allocate(self.values(net, state, p), p >= 0) or policy
         free = [(decisions.rows[r], p[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": [float(share) for share in own[: len(row.widths)]] for row, own in free}
-        expected = decisions.expected_costs(p) * torch.tensor(decisions.limits)
-        return Proposal(policy, tuple(expected.tolist()), gates, {"loss": state.loss, "strength": float(state.strength.max())})
+        expected = decisions.expected_spending(p)
+        return Proposal(policy, expected, gates, {"loss": state.loss, "strength": float(state.strength.max())})
 
 
 def shares(alpha: Tensor, decisions: Decisions, temperature: float) -> Tensor:

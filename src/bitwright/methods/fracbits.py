@@ -120,8 +120,8 @@ class FracBits(SupernetMethod[State]):
         p = interpolated(state.bits, decisions)
         free = [(decisions.rows[r], p[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": own[: len(row.widths)].tolist() for row, own in free}
-        expected = decisions.expected_costs(p) * torch.tensor(decisions.limits)
-        return Proposal(policy, tuple(expected.tolist()), gates, {"loss": state.loss, "strength": float(state.strength.max())})
+        expected = decisions.expected_spending(p)
+        return Proposal(policy, expected, gates, {"loss": state.loss, "strength": float(state.strength.max())})
 
 
 def _ends(decisions: Decisions, place: int) -> Tensor:

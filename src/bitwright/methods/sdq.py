@@ -121,7 +121,7 @@ class SDQ(SupernetMethod[State]):
         state = State(
             beta=beta,
             level=level,
-            strength=torch.zeros(len(problem.budgets), dtype=torch.float64),
+            strength=torch.zeros(len(problem.rows), dtype=torch.float64),
             errors=net.errors(),
             gains=gains.clone(),
             draws=draws.clone(),
@@ -233,11 +233,11 @@ class SDQ(SupernetMethod[State]):
             policy = allocate_near(decisions, state, index) or policy
         free = [(r, decisions.rows[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": self._gate_of(row.widths, state, r) for r, row in free}
-        expected = decisions.expected_costs(probabilities(state.beta, state.level)) * torch.tensor(decisions.limits)
+        expected = decisions.expected_spending(probabilities(state.beta, state.level))
         note = {"loss": state.loss, "strength": float(state.strength.max()), **alarms(decisions, policy)}
         if last and note["stuck"] + note["collapsed"]:
             warnings.warn(_alarm_text(note, len(decisions.free)), stacklevel=2)
-        return Proposal(policy, tuple(expected.tolist()), gates, note)
+        return Proposal(policy, expected, gates, note)
 
     def _gate_of(self, widths: tuple[int, ...], state: State, row: int) -> list[float]:
         """Return the distribution of one row over its candidates."""
