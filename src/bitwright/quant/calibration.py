@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
-from bitwright.quant.functional import SIGNED_MAX, SIGNED_MIN, SIGNED_MIN_NARROW, UNSIGNED_MAX, bounds, codes
+from bitwright.quant.functional import (
+    SIGNED_MAX,
+    SIGNED_MIN,
+    SIGNED_MIN_NARROW,
+    UNSIGNED_MAX,
+    bounds,
+    codes,
+    fake_quantize,
+    to_power_of_two,
+)
 
 Rule = Literal["minmax", "percentile", "mse"]
 
@@ -72,6 +81,28 @@ def calibrate(x: Tensor, bits: int, *, signed: bool = True, narrow: bool = False
     shape = [1] * x.dim()
     shape[axis] = -1
     return step.view(shape)
+
+
+def power_of_two_steps(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, narrow: bool = False) -> Tensor:
+    """Return for each step size the power of two around it that has the least squared error on the tensor.
+
+    Args:
+        x: values that the steps were calibrated on.
+        step: what `calibrate` returned: one step, or one for each index of an axis.
+        bits: width, 1 to 8.
+        signed: whether the grid has negative codes.
+        narrow: whether the grid is symmetric.
+
+    >>> power_of_two_steps(torch.tensor([0.0, 2.5, 5.0]), torch.tensor(1.5), 2, signed=False)
+    tensor(2.)
+    """
+    near = to_power_of_two(step)
+    best, least = near, None
+    for candidate in (near, near * 2, near / 2):
+        error = (fake_quantize(x.detach().float(), candidate, bits, signed=signed, narrow=narrow) - x).square().sum_to_size(step.shape)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+        best, least = torch.where(better, candidate, best), error if least is None else torch.minimum(error, least)
+    return best
 
 
 def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor | None]:

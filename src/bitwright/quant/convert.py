@@ -6,7 +6,7 @@ import copy
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,18 @@ from bitwright.quant.batchnorm import Statistics
 from bitwright.quant.calibration import Rule
 from bitwright.quant.corrections import apply_steps, check_steps
 from bitwright.quant.equalization import equalize
+from bitwright.quant.folding import fold_batchnorms
 from bitwright.quant.functional import UNTOUCHED
 from bitwright.quant.functional_calls import disable_fast_paths, install_calls, observe_calls, plan_calls, sites_of_calls
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, evaluating, named_quant_layers, replace_module
+from bitwright.quant.points import PointKind, add_points, check_kinds
 from bitwright.quant.quantizers import SCHEMES, ActivationQuantizer, Scheme, activation_quantizer, weight_quantizer
 
 if TYPE_CHECKING:
     from bitwright.data import Split
     from bitwright.sites import Site
+
+Scales = Literal["free", "power_of_two"]
 
 CALIBRATION_IMAGES = 256
 """Images of a calibration split that are looked at."""
@@ -40,6 +44,10 @@ class QuantOptions:
         narrow: symmetric weight grids (``lsq``).
         entropy: step sizes in units of the filter's mean magnitude (``lsq``).
         rule: calibration of step sizes: ``mse``, ``minmax`` or ``percentile``.
+        scales: ``power_of_two`` rounds every step size to a power of two, folds each BatchNorm into the layer before it and rounds
+            biases to 32-bit integers: then integer arithmetic gives the network's outputs bit for bit (``lsq``).
+        points: what else is put on 8-bit grids because the target needs it: ``add``, ``concat``, ``pool``, ``shared``
+            (`bitwright.quant.points`); None is what the recipe's target says, nothing without one.
     """
 
     quantizer: Scheme = "lsq"
@@ -47,10 +55,22 @@ class QuantOptions:
     narrow: bool = False
     entropy: bool = False
     rule: Rule = "mse"
+    scales: Scales = "free"
+    points: tuple[PointKind, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.quantizer not in SCHEMES:
             raise BitwrightError(f"quantizer '{self.quantizer}' is unknown; {nearest(self.quantizer, SCHEMES)}")
+        if self.scales not in get_args(Scales):
+            raise BitwrightError(f"scales '{self.scales}' are unknown; {nearest(self.scales, get_args(Scales))}")
+        if self.integer and self.quantizer != "lsq":
+            raise BitwrightError(f"scales 'power_of_two' need quantizer 'lsq', and it is '{self.quantizer}'; change one of them")
+        check_kinds(self.points or ())
+
+    @property
+    def integer(self) -> bool:
+        """Whether integer arithmetic is to give the network's outputs bit for bit."""
+        return self.scales == "power_of_two"
 
 
 def calibration_images(calibration: Tensor | Split | None) -> Tensor | None:
@@ -103,6 +123,8 @@ def quantize(
         raise BitwrightError(f"correct={steps} needs calibration=; give a batch of inputs or a split")
     if "equalize" in steps and images is not None:
         model = equalize(model, images)
+    if options.integer:
+        model = _folded(model, images, steps)
     site_of = sites_of_calls(sites or ())
     widths = _widths_by_layer(model, policy, sites, tuple(skip))
     result = copy.deepcopy(model)
@@ -116,7 +138,19 @@ def quantize(
     install_calls(result, calls, operands, options)
     if steps and images is not None:
         apply_steps(result, copy.deepcopy(model).eval(), images, steps, float_statistics)
+    add_points(result, options.points or (), images, rule=options.rule, power_of_two=options.integer)
     return result
+
+
+def _folded(model: nn.Module, images: Tensor | None, steps: Sequence[str]) -> nn.Module:
+    """Return the network with each BatchNorm in the layer before it."""
+    for step, instead in (("batchnorm", "correct=('bias',)"), ("refine", "correct=('rounding',)")):
+        if step in steps:
+            what = "the BatchNorms are folded away" if step == "batchnorm" else "it chooses step sizes of its own"
+            raise BitwrightError(f"scales='power_of_two' and correct=('{step}', …) do not go together: {what}; give {instead}")
+    if images is None:
+        raise BitwrightError("scales='power_of_two' needs calibration=, to see which BatchNorm follows which layer; give inputs or a split")
+    return fold_batchnorms(model, images)
 
 
 def _widths_by_layer(model: nn.Module, policy: Policy, sites: Sequence[Site] | None, skip: tuple[str, ...]) -> dict[str, Bits]:
@@ -153,7 +187,7 @@ def _activation_quantizers(
     for path, bits in wanted.items():
         if path not in seen:
             raise BitwrightError(f"layer '{path}' did not run on the calibration data, so its activations have no range; name it in skip=")
-        quantizers[path] = activation_quantizer(options.quantizer, bits.a, rule=options.rule)
+        quantizers[path] = activation_quantizer(options.quantizer, bits.a, rule=options.rule, power_of_two=options.integer)
         quantizers[path].calibrate(seen[path])
         quantizers[path].to(images.device)
     return quantizers
@@ -186,9 +220,16 @@ def _shell(layer: nn.Module, bits: Bits, inputs: ActivationQuantizer | None, opt
     if bits.w < UNTOUCHED:
         axis = op.channel_axis if options.per_channel else None
         weights = weight_quantizer(
-            options.quantizer, weight.detach(), bits.w, axis=axis, narrow=options.narrow, entropy=options.entropy, rule=options.rule
+            options.quantizer,
+            weight.detach(),
+            bits.w,
+            axis=axis,
+            narrow=options.narrow,
+            entropy=options.entropy,
+            rule=options.rule,
+            power_of_two=options.integer,
         ).to(weight.device)
-    shell = QuantLayer(op, weight, bias, bits, weights, inputs)
+    shell = QuantLayer(op, weight, bias, bits, weights, inputs, round_bias=options.integer)
     return shell.train(layer.training)
 
 

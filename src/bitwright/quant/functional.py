@@ -9,6 +9,7 @@ exactly ``r`` while the gradient is that of ``x``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     """Return ``x`` exactly, with its gradient multiplied by ``factor`` (Esser et al., 2020, listing 1)."""
     scaled = x * factor
     return x.detach() + (scaled - scaled.detach())
+
+
+def to_power_of_two(step: Tensor) -> Tensor:
+    """Return the power of two nearest to each positive step by their ratio; the gradient passes unchanged.
+
+    >>> to_power_of_two(torch.tensor([0.7, 0.72, 5.0]))
+    tensor([0.5000, 1.0000, 4.0000])
+    """
+    mantissa = torch.frexp(step.detach()).mantissa
+    above = step.detach() / mantissa  # exact: the quotient is a power of two
+    return torch.where(mantissa < math.sqrt(0.5), above / 2, above) + (step - step.detach())
 
 
 class _Rounding(torch.autograd.Function):

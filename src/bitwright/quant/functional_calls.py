@@ -379,7 +379,14 @@ def _grid(plan: CallPlan, weight: nn.Parameter, options: QuantOptions) -> Weight
         raise SiteError(f"quantize: the weight of '{plan.address}' is a vector, which 'entropy' cannot quantize; use quantizer='lsq'")
     axis = _axis(plan.site, weight) if options.per_channel and weight.dim() > 1 else None
     made = weight_quantizer(
-        options.quantizer, weight.detach(), plan.bits.w, axis=axis, narrow=options.narrow, entropy=options.entropy, rule=options.rule
+        options.quantizer,
+        weight.detach(),
+        plan.bits.w,
+        axis=axis,
+        narrow=options.narrow,
+        entropy=options.entropy,
+        rule=options.rule,
+        power_of_two=options.integer,
     )
     return made.to(weight.device)
 
@@ -390,7 +397,7 @@ def _quantizer(plan: CallPlan, operands: Sequence[Tensor], options: QuantOptions
     if plan.product and options.quantizer in ("pact", "dorefa") and is_signed(sample):
         found = f"an operand of '{plan.address}' has negative values, which '{options.quantizer}' maps to zero"
         raise SiteError(f"quantize: {found}; use quantizer='lsq', or name the site in skip=")
-    made = activation_quantizer(options.quantizer, plan.bits.a, rule=options.rule)
+    made = activation_quantizer(options.quantizer, plan.bits.a, rule=options.rule, power_of_two=options.integer)
     made.calibrate(sample)
     return made.to(sample.device)
 

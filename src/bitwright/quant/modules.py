@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import SiteError
 from bitwright.policy import Bits
+from bitwright.quant.functional import round_ste
 from bitwright.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -97,6 +98,7 @@ class QuantLayer(nn.Module):
         bits: the widths.
         weight_quantizer: None leaves the weight as it is (32), or rounded to bfloat16 (16).
         input_quantizer: None leaves the input as it is.
+        round_bias: round the bias to a multiple of both step sizes' product, as integer arithmetic has it.
     """
 
     weight: nn.Parameter
@@ -110,9 +112,11 @@ class QuantLayer(nn.Module):
         bits: Bits,
         weight_quantizer: WeightQuantizer | None,
         input_quantizer: ActivationQuantizer | None,
+        *,
+        round_bias: bool = False,
     ):
         super().__init__()
-        self.op, self.bits = op, bits
+        self.op, self.bits, self.round_bias = op, bits, round_bias
         self.weight = weight
         self.register_parameter("bias", bias)
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
@@ -126,11 +130,20 @@ class QuantLayer(nn.Module):
             return rounded + (self.weight - self.weight.detach())
         return self.weight
 
+    def quantized_bias(self) -> Tensor | None:
+        """Return the bias as the forward pass uses it."""
+        if self.bias is None or not self.round_bias or self.weight_quantizer is None or self.input_quantizer is None:
+            return self.bias
+        step = (self.weight_quantizer.step(self.weight) * self.input_quantizer.step()).detach().flatten()
+        if step.numel() > 1 and step.numel() != self.bias.numel():  # a transposed convolution's groups share their steps
+            step = step.repeat(self.bias.numel() // step.numel())
+        return round_ste(self.bias / step) * step
+
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Return the layer's output on quantized weight and input; ``output_size`` as of torch's transposed convolutions."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.op(x, self.quantized_weight(), self.bias, output_size)
+        return self.op(x, self.quantized_weight(), self.quantized_bias(), output_size)
 
     def extra_repr(self) -> str:
         """Return the widths."""

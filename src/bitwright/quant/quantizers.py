@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bitwright.quant.calibration import TINY, Rule, calibrate, is_signed
+from bitwright.quant.calibration import TINY, Rule, calibrate, is_signed, power_of_two_steps
 from bitwright.quant.functional import (
     SIGNED_MAX,
     SIGNED_MIN,
@@ -35,6 +35,7 @@ from bitwright.quant.functional import (
     pact_activations,
     round_to_grid,
     scale_gradient,
+    to_power_of_two,
 )
 
 Grid = Literal["integer", "half-integer"]
@@ -103,6 +104,7 @@ class LSQWeight(WeightQuantizer):
             :math:`2^{2-b}\,\mathrm{mean}|w|`, where the levels are about equally used (Liu et al., "N2UQ", 2022, eq. 7).
             Differs: they have a half-integer grid and no learned step.
         rule: calibration of the first step size without ``entropy``.
+        power_of_two: round every step size to a power of two.
 
     The gradient of the step size is multiplied by :math:`1/\sqrt{N Q_p}`, N the weights that share it (§2.2).
     """
@@ -112,9 +114,19 @@ class LSQWeight(WeightQuantizer):
     high: Tensor
     gradient_scale: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, *, axis: int | None = 0, narrow: bool = False, entropy: bool = False, rule: Rule = "mse"):
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        *,
+        axis: int | None = 0,
+        narrow: bool = False,
+        entropy: bool = False,
+        rule: Rule = "mse",
+        power_of_two: bool = False,
+    ):
         super().__init__(bits)
-        self.axis, self.narrow, self.entropy, self.rule = axis, narrow, entropy, rule
+        self.axis, self.narrow, self.entropy, self.rule, self.power_of_two = axis, narrow, entropy, rule, power_of_two
         for name in ("low", "high", "gradient_scale"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
         self.scale = nn.Parameter(torch.ones(self._shape(weight), dtype=torch.float32))
@@ -130,7 +142,8 @@ class LSQWeight(WeightQuantizer):
             if self.entropy:
                 self.scale.fill_(2.0 ** (2 - bits) if bits > 1 else 1.0)
             else:
-                self.scale.copy_(calibrate(weight, bits, narrow=self.narrow, axis=self.axis, rule=self.rule))
+                step = calibrate(weight, bits, narrow=self.narrow, axis=self.axis, rule=self.rule)
+                self.scale.copy_(power_of_two_steps(weight, step, bits, narrow=self.narrow) if self.power_of_two else step)
 
     def _shape(self, weight: Tensor) -> list[int]:
         return [n if self.axis is not None and k == self.axis else 1 for k, n in enumerate(weight.shape)]
@@ -138,7 +151,8 @@ class LSQWeight(WeightQuantizer):
     def step(self, weight: Tensor) -> Tensor:
         """Return the effective step sizes, at least `TINY`."""
         step = scale_gradient(self.scale, self.gradient_scale).abs().clamp_min(TINY)
-        return step * self._magnitude(weight) if self.entropy else step
+        step = step * self._magnitude(weight) if self.entropy else step
+        return to_power_of_two(step) if self.power_of_two else step
 
     def _magnitude(self, weight: Tensor) -> Tensor:
         """Return the mean magnitude that shares each step."""
@@ -230,6 +244,15 @@ class ActivationQuantizer(nn.Module, ABC):
     def calibrate(self, x: Tensor) -> None:
         """Set the start of what is learned from a sample of the input."""
 
+    @abstractmethod
+    def step(self) -> Tensor:
+        """Return the distance of two neighbouring levels, 0-dimensional."""
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The lowest and the highest level, in steps; a signed binary grid has nothing between its -1 and 1."""
+        return 0, UNSIGNED_MAX[int(self.bits)]
+
 
 class LSQActivation(ActivationQuantizer):
     r"""Learned step size for activations, one a tensor (Esser et al., 2020); unsigned unless the sample holds negatives.
@@ -241,9 +264,9 @@ class LSQActivation(ActivationQuantizer):
     high: Tensor
     gradient_scale: Tensor
 
-    def __init__(self, bits: int, *, rule: Rule = "mse"):
+    def __init__(self, bits: int, *, rule: Rule = "mse", power_of_two: bool = False):
         super().__init__(bits)
-        self.rule, self.signed = rule, False
+        self.rule, self.signed, self.power_of_two = rule, False, power_of_two
         for name in ("low", "high", "gradient_scale"):
             self.register_buffer(name, torch.ones((), dtype=torch.float32))
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
@@ -261,14 +284,25 @@ class LSQActivation(ActivationQuantizer):
         """Choose the sign by what ``x`` holds and the step size by the rule; ``x`` has the batch first."""
         self.set_sign(signed=is_signed(x))
         with torch.no_grad():
-            self.scale.copy_(calibrate(x, int(self.bits), signed=self.signed, rule=self.rule))
+            width = int(self.bits)
+            step = calibrate(x, width, signed=self.signed, rule=self.rule)
+            self.scale.copy_(power_of_two_steps(x, step, width, signed=self.signed) if self.power_of_two else step)
         self.gradient_scale.fill_(1 / math.sqrt(max(1, x.numel() // x.shape[0]) * float(self.high)))
+
+    def step(self) -> Tensor:
+        """Return the effective step size, at least `TINY`."""
+        step = scale_gradient(self.scale, self.gradient_scale).abs().clamp_min(TINY)
+        return to_power_of_two(step) if self.power_of_two else step
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The lowest and the highest level, in steps."""
+        return int(self.low), int(self.high)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activations on the grid."""
-        step = scale_gradient(self.scale, self.gradient_scale).abs().clamp_min(TINY)
         binary = (self.bits == 1) if self.signed else False
-        return round_to_grid(x, step, self.low, self.high, binary)
+        return round_to_grid(x, self.step(), self.low, self.high, binary)
 
 
 def _read_sign(module: nn.Module, _: object) -> None:
@@ -288,6 +322,10 @@ class PACTActivation(ActivationQuantizer):
         with torch.no_grad():
             self.scale.copy_(calibrate(x, int(self.bits), signed=False) * UNSIGNED_MAX[int(self.bits)])
 
+    def step(self) -> Tensor:
+        """Return the clip over the number of steps."""
+        return self.scale.abs().clamp_min(TINY) / UNSIGNED_MAX[int(self.bits)]
+
     def forward(self, x: Tensor) -> Tensor:
         """Return activations on the grid; negative inputs become zero."""
         return pact_activations(x, self.scale.abs().clamp_min(TINY), self.bits)
@@ -299,6 +337,10 @@ class DoReFaActivation(ActivationQuantizer):
     def calibrate(self, x: Tensor) -> None:
         """Do nothing: the range is fixed."""
 
+    def step(self) -> Tensor:
+        """Return one over the number of steps."""
+        return 1 / torch.tensor(float(UNSIGNED_MAX[int(self.bits)]), device=self.bits.device)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return activations on the grid."""
         return dorefa_activations(x, self.bits)
@@ -309,18 +351,18 @@ SCHEMES: tuple[Scheme, ...] = ("lsq", "entropy", "dorefa", "pact")
 
 
 def weight_quantizer(
-    scheme: Scheme, weight: Tensor, bits: int, *, axis: int | None, narrow: bool, entropy: bool, rule: Rule
+    scheme: Scheme, weight: Tensor, bits: int, *, axis: int | None, narrow: bool, entropy: bool, rule: Rule, power_of_two: bool = False
 ) -> WeightQuantizer:
     """Return the weight quantizer of a scheme; see the table of this module."""
     if scheme == "lsq":
-        return LSQWeight(weight, bits, axis=axis, narrow=narrow, entropy=entropy, rule=rule)
+        return LSQWeight(weight, bits, axis=axis, narrow=narrow, entropy=entropy, rule=rule, power_of_two=power_of_two)
     return EntropyWeight(bits, axis=axis or 0) if scheme == "entropy" else DoReFaWeight(bits)
 
 
-def activation_quantizer(scheme: Scheme, bits: int, *, rule: Rule) -> ActivationQuantizer:
+def activation_quantizer(scheme: Scheme, bits: int, *, rule: Rule, power_of_two: bool = False) -> ActivationQuantizer:
     """Return the activation quantizer of a scheme; see the table of this module."""
     if scheme == "pact":
         return PACTActivation(bits)
     if scheme == "dorefa":
         return DoReFaActivation(bits)
-    return LSQActivation(bits, rule=rule)
+    return LSQActivation(bits, rule=rule, power_of_two=power_of_two)
