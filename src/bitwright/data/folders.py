@@ -83,6 +83,16 @@ class FolderSplit(Split):
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return images [n, 3, crop, crop] and labels [n]; see `Split.batch`."""
+        pixels, labels = self.pixels(index, generator)
+        return self.normalise(pixels), labels
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean).div_(std)
+
+    def pixels(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return images [n, 3, crop, crop] in 0 … 1 and labels [n]; see `Split.pixels`."""
         rows = self._rows[index]
         if generator is None:
             draws: list[Tensor | None] = [None] * len(rows)
@@ -93,9 +103,7 @@ class FolderSplit(Split):
         else:
             with ThreadPoolExecutor(self.workers) as pool:
                 images = list(pool.map(self._image, rows.tolist(), draws))
-        x = torch.stack(images).float().div_(255)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return x.sub_(mean).div_(std), self.labels[rows]
+        return torch.stack(images).float().div_(255), self.labels[rows]
 
     def _image(self, row: int, draws: Tensor | None) -> Tensor:
         """Return one image, uint8 [3, crop, crop]."""

@@ -47,6 +47,17 @@ class Split(ABC):
     def subset(self, index: Tensor) -> Split:
         """Return the split of some positions (int64 [n]), sharing the images."""
 
+    def pixels(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return what `batch` does before the images are normalised: pixels in 0 … 1, on which corruptions work.
+
+        A split that does not normalise by itself has nothing else to return than its batches.
+        """
+        return self.batch(index, generator)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return pixels as the network takes them: `batch` is this of `pixels`."""
+        return pixels
+
     def take(self, n: int) -> Split:
         """Return the first ``n`` images, or all if there are fewer; raises `DataError` unless n is at least 1."""
         return self.subset(torch.arange(min(n, len(self))))
@@ -114,6 +125,15 @@ class TensorSplit(Split):
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return normalised images [n, C, H, W] and labels [n]; see `Split.batch`."""
+        pixels, labels = self.pixels(index, generator)
+        return self.normalise(pixels), labels
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation."""
+        return (pixels - self._mean).div_(self._std)
+
+    def pixels(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return images [n, C, H, W] before they are normalised, bytes divided by 255, and labels [n]; see `Split.pixels`."""
         rows = self._rows[index.to(self._rows.device)]
         images = self.images[rows]
         if generator is not None and self.augment != "none":
@@ -121,7 +141,7 @@ class TensorSplit(Split):
         x = images.float()
         if images.dtype == torch.uint8:
             x = x.div_(255)
-        return (x - self._mean).div_(self._std), self.labels[rows]
+        return x, self.labels[rows]
 
 
 def random_crop(images: Tensor, pad: int, generator: torch.Generator, *, flip: bool) -> Tensor:

@@ -53,7 +53,8 @@ def _table(photons: int) -> Tensor:
     """Return the chances of at most k photons, float32 [256, K], for every grey level."""
     rates = torch.arange(GREYS + 1, dtype=torch.float64)[:, None] * (photons / GREYS)
     counts = torch.arange(int(photons + 12 * photons**0.5 + 20), dtype=torch.float64)
-    return torch.special.gammaincc(counts + 1, rates).float()
+    chances: Tensor = torch.special.gammaincc(counts + 1, rates)
+    return chances.float()
 
 
 def _quantiles(photons: int, level: Tensor, share: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def _quantiles(photons: int, level: Tensor, share: Tensor) -> Tensor:
     width = table.shape[1]
     table, start = table.flatten(), level * width
     rate = level * (photons / GREYS)
-    normal = torch.special.ndtri(share)
+    normal: Tensor = torch.special.ndtri(share)
     count = (rate + rate.sqrt() * normal + (normal.square() - 1) / 6).round_().long().clamp_(0, width - 1)
     while True:
         more = (share > table[start + count]) & (count < width - 1)
