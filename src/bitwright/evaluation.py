@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from bitwright.data.splits import Split, check_labels
 from bitwright.errors import DataError, TrainingError
+
+if TYPE_CHECKING:
+    from bitwright.robustness import Robustness
 
 Z95 = 1.959963984540054
 
@@ -24,7 +28,7 @@ class Evaluation:
 
     ``interval`` is Wilson's 95 % for top1; ``loss`` the mean cross-entropy in nats; ``per_class`` the accuracy of each
     class (None where the split has no image of it); ``top5`` None for 5 outputs or fewer; ``correct`` bool [n], in the
-    order of the split, for `paired_difference`.
+    order of the split, for `paired_difference`; ``robustness`` what it does under the conditions that were asked for.
     """
 
     top1: float
@@ -34,9 +38,11 @@ class Evaluation:
     interval: tuple[float, float]
     per_class: tuple[float | None, ...]
     correct: Tensor
+    robustness: Robustness | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return all but ``correct`` as JSON-able values."""
+        quality = {} if self.robustness is None else {"quality": self.robustness.to_dict()}
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -44,18 +50,34 @@ class Evaluation:
             "loss": self.loss,
             "interval": list(self.interval),
             "per_class": list(self.per_class),
+            **quality,
         }
 
 
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500) -> Evaluation:
+def evaluate(
+    model: nn.Module, split: Split, *, conditions: str | Sequence[str] = (), seeds: Sequence[int] = (0,), batch_size: int = 500
+) -> Evaluation:
     """Run a classifier over a split, in the evaluation view and on the device the model is on.
 
-    The model runs in eval mode and every training flag is put back.
+    The model runs in eval mode and every training flag is put back. The figures are those of the split as it is; with
+    conditions, ``robustness`` has those of the same images under each of them.
+
+    Args:
+        model: gives one row of logits an image.
+        split: the images.
+        conditions: such as ``"clean,gaussian_noise:3,mixed"``; see `bitwright.robustness.measure`.
+        seeds: of the corruptions.
+        batch_size: images at once.
 
     Raises:
-        DataError: labels that the model has no output for, or outputs that are not one row of logits an image.
+        DataError: labels that the model has no output for, outputs that are not one row of logits an image, an unknown condition.
         TrainingError: logits that are not finite.
     """
+    if conditions:
+        from bitwright.robustness import measure  # noqa: PLC0415  (it evaluates by this very function)
+
+        robustness = measure(model, split, conditions, seeds=seeds, batch_size=batch_size)
+        return replace(evaluate(model, split, batch_size=batch_size), robustness=robustness)
     anchor = next(model.parameters(), torch.empty(0))
     logits, labels = [], []
     with _evaluating(model):
@@ -95,7 +117,7 @@ def score(logits: Tensor, labels: Tensor, classes: int) -> Evaluation:
     )
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927); it stays in 0 … 1 and is right for few trials too.
 
     centre ± z/(1+z²/n) · √(p(1-p)/n + z²/4n²), centre = (p + z²/2n)/(1+z²/n).

@@ -73,13 +73,13 @@ class Mix:
 
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what may come: corruption (its place in `CORRUPTIONS`, -1 for clean), severity (0) and probability, [K] each."""
-        rows = [(-1, 0, self.clean)]
+        kinds = [(-1, 0, self.clean)]
         most = sum(self.corruptions.values()) * sum(self.severities.values())
         for name, often in self.corruptions.items():
             for severity, share in self.severities.items():
-                rows.append((CORRUPTIONS.index(name), severity, (1 - self.clean) * often * share / most))
-        corruption, severity, chance = zip(*rows, strict=True)
-        return torch.tensor(corruption), torch.tensor(severity), torch.tensor(chance, dtype=torch.float64)
+                kinds.append((CORRUPTIONS.index(name), severity, (1 - self.clean) * often * share / most))
+        places, levels, chances = zip(*kinds, strict=True)
+        return torch.tensor(places), torch.tensor(levels), torch.tensor(chances, dtype=torch.float64)
 
     def held(self) -> Mix:
         """Return the mix of the held-out corruptions, at the same severities and none clean; raises `DataError` if there are none."""
@@ -131,9 +131,7 @@ def degrade(images: Tensor, quality: Quality) -> Tensor:
     """Return images, float [N, C, H, W] in 0 … 1, each corrupted as its quality says; clean ones are left bit for bit."""
     result = images.clone()
     codes = torch.where(quality.corruption < 0, -1, quality.corruption * 8 + quality.severity)
-    for code in codes.unique().tolist():
-        if code < 0:
-            continue
+    for code in sorted(set(codes.tolist()) - {-1}):
         rows = (codes == code).nonzero().flatten()
         here = rows.to(images.device)
         result[here] = corrupt(images[here], CORRUPTIONS[code // 8], code % 8, seeds=quality.seeds[rows])
