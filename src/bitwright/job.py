@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright import runs
+from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
 from bitwright.costs import BitOps, Budget, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data
 from bitwright.errors import RunError
@@ -140,7 +141,8 @@ class Job:
         """Return budgets of this network; raises `BudgetError` for one that does not parse."""
         pins = {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
         extent = {"fixed_bytes": self.overhead, "float_bytes": 4 * self.trace.parameters}
-        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent, costs=(self.memory,)) for text in texts)
+        costs = (self.memory, BitFusionCycles(self.trace.first), BitFusionEnergy(self.trace.first))
+        return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent, costs=costs) for text in texts)
 
     @property
     def memory(self) -> ActivationMemory:
