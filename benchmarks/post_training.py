@@ -90,7 +90,7 @@ class Bench:
     def problem(self, budget: float) -> Problem:
         """Return the search problem of an average of weight bits over all layers."""
         choices = build_choices(self.trace, range(1, 9), (ACTIVATION,), pin_first="free", pin_last="free")
-        budgets = parse_budget(f"weight_bits<={budget}", self.trace.sites)
+        budgets = parse_budget(f"weight_bits<={budget}", self.trace.sites, pins={})
         return Problem(self.model, self.trace, choices, budgets, self.data, seed=self.seed)
 
     def policy(self, budget: float) -> tuple[Policy, float]:
