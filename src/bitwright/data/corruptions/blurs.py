@@ -33,9 +33,10 @@ def zoom_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
     """Average the image and its enlargements about the centre."""
     stop, step = ZOOM_BLUR[scale_of(images)][severity - 1]
     factors = np.arange(1, stop, step)
+    height, width = images.shape[-2:]
     total = images.clone()
     for factor in factors:
-        total += enlarge(images, float(factor))
+        total += enlarge(images, float(factor))[..., :height, :width]
     return total / (len(factors) + 1)
 
 

@@ -16,10 +16,11 @@ from bitwright.data.corruptions.windows import enlarge, grey, trail
 def snow(images: Tensor, severity: int, draws: Draws) -> Tensor:
     """Whiten the image and let flakes fall over it, all along one direction an image."""
     mean, deviation, size, least, radius, sigma, share = SNOW[scale_of(images)][severity - 1]
-    flakes = enlarge(draws.normal(0, (1, *images.shape[-2:]), mean, deviation), size)
+    height, width = images.shape[-2:]
+    flakes = enlarge(draws.normal(0, (1, height, width), mean, deviation), size)
     flakes = torch.where(flakes < least, 0.0, flakes).clamp_(0, 1)
     flakes = trail(flakes, int(radius), sigma, draws.uniform(1, (), -135, -45))
-    flakes = flakes.mul(255).round_().div_(255)
+    flakes = flakes[..., :height, :width].mul(255).round_().div_(255)
     whiter = torch.maximum(images, grey(images) * 1.5 + 0.5)
     return images * share + whiter * (1 - share) + flakes + flakes.flip(2, 3)
 

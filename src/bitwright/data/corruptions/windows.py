@@ -106,19 +106,18 @@ def resample(x: Tensor, dim: int, places: NDArray[np.int64], weights: NDArray[np
 
 
 def enlarge(x: Tensor, factor: float) -> Tensor:
-    """Return the middle of [..., H, W], enlarged linearly by ``factor`` >= 1 to at least its size, cut to its size.
+    """Return the middle of [..., H, W], enlarged linearly by ``factor`` >= 1 to its size or some pixels more.
 
-    The corner pixels of the middle stay corner pixels, as in scipy's ``zoom``; of a larger result the centre is kept.
+    The corner pixels of the middle stay corner pixels, as in scipy's ``zoom``.
     """
     for dim in (-2, -1):
         length = x.shape[dim]
         inner = math.ceil(length / factor)
         outer = max(length, round(inner * factor))
-        start, first = (length - inner) // 2, (outer - length) // 2
-        at = np.arange(first, first + length) * ((inner - 1) / max(1, outer - 1))
+        at = np.arange(outer) * ((inner - 1) / max(1, outer - 1))
         below = np.minimum(np.floor(at).astype(np.int64), max(0, inner - 2))
         share = at - below
-        places = np.stack([below, np.minimum(below + 1, inner - 1)], 1) + start
+        places = np.stack([below, np.minimum(below + 1, inner - 1)], 1) + (length - inner) // 2
         x = resample(x, dim, places, np.stack([1 - share, share], 1))
     return x
 
