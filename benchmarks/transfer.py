@@ -1,13 +1,20 @@
-"""Transfer of policies that SEAM finds on proxy data sets, and whether the certificate's verdict foretells it.
+"""Transfer of policies that SEAM finds on proxy data sets: what it costs, and whether the certificate's verdict foretells it.
 
     python benchmarks/transfer.py --data-root DATA --weights RESNET20.th [--arms …] [--finetune EPOCHS] [--runs runs/transfer]
+    python benchmarks/transfer.py --data-root DATA --model cifar_resnet56 --weights RESNET56.th --finetune 1
+    python benchmarks/transfer.py --data-root DATA --target cifar100 --weights RUN/float.safetensors --finetune 1
+    python benchmarks/transfer.py --data-root DATA --target imagenette224 --model folded --weights MOBILENET_V2.npz --finetune 5
 
-Every arm searches with the same method and steps; proxies of 2,000 images (4 % of CIFAR-10's 50,000): good ones (CIFAR-10 itself,
-CIFAR-100, Fashion-MNIST), the same without the margin term, bad ones (noise, constant, labels shuffled, one class, blurred, grey, 40
-images), and the target itself. Beside them: uniform, and 20 random policies within the same budget. Measured on the target: the
-loss before any training, and with --finetune the test accuracy after so many epochs on the labels, the same for every policy, with
-its paired difference to the policy searched on the target. Row files in --runs let several processes share the work.
-Writes results/transfer.csv.
+Every proxy arm searches with the same method and steps. For CIFAR-10 proxies have 2,000 images (4 % of its 50,000): good ones
+(CIFAR-10 itself, CIFAR-100, Fashion-MNIST), the same without the margin term, and bad ones (noise, constant, labels shuffled, one
+class, blurred, grey, 40 images). For CIFAR-100 the proxy is 800 images of CIFAR-10 (4 % of the 20,000 there are); its float
+network comes from `bitwright run cifar100-resnet20-float`. For the 224-pixel subset proxies are 2,000 images of CIFAR: that tells of
+transfer across size and stem, not of scale. Beside them: the same search on the target with as many steps ("target") and with one
+pass over all of it ("target epoch"), uniform, and 20 random policies within the same budget. Measured on the target: the loss before
+any training, and with --finetune the test accuracy after so many epochs on the labels, the same for every policy, with its paired
+difference to "target epoch" (or "target"). A sample-pass is one image forward; backward counts two more. Seconds are processor time.
+Row files in --runs let several processes share the work. Writes results/transfer.csv, or with --finetune
+results/transfer-TARGET-MODEL.csv.
 """
 
 from __future__ import annotations
@@ -16,12 +23,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from folded import FoldedNetwork
 from record import environment, write
 from torch import Tensor
 
@@ -70,110 +78,167 @@ CHANGES: dict[str, tuple[str, Change]] = {
     "grey": ("cifar100", lambda x, y, g: (x.mean(1, keepdim=True), y)),
 }
 PROXIES = ("cifar10", "cifar100", "fashion_mnist", *CHANGES, "tiny")
+CENTRED = {"mean": [128 / 255] * 3, "std": [128 / 255] * 3, "labels": "imagenet"}
 
 
-def proxy_data(arm: str, root: Path, seed: int) -> Data:
-    """Return the images of a proxy."""
-    images = 40 if arm == "tiny" else IMAGES
-    name, change = CHANGES.get(arm, ("cifar100" if arm == "tiny" else arm, None))
-    data = reduced(load_data(name, root, held_out=IMAGES, seed=seed), images, seed)
-    return data if change is None else changed(data, change)
+@dataclass(frozen=True)
+class Target:
+    """A target data set: what is held out of it, its proxies and how many images they have, and its fine-tuning."""
+
+    held_out: int
+    proxies: tuple[str, ...]
+    images: int
+    finetune: FinetuneOptions
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def policy_of(arm: str, target: Problem, arguments: argparse.Namespace, seed: int) -> tuple[Policy, dict[str, Any]]:
-    """Search one arm's policy; return it with what the search cost and, for a proxy, the certificate."""
-    method = SEAM(max_steps=arguments.steps, epochs=1000, batch_size=64, channels_last=True)
-    started = time.process_time()
-    if arm == "uniform":
-        policy = target.uniform()
-        assert policy is not None
-        return policy, {}
-    if arm.startswith("random "):
-        problem = Problem(target.model, target.trace, target.choices, target.budgets, target._data, seed=seed * 1000 + int(arm[7:]))
-        return search(problem, Random()).policy, {}
-    if arm == "target":
-        result = search(target, method)
-        return result.policy, {"images": 50000, "sample_passes": result.sample_passes, "seconds": time.process_time() - started}
-    plain = arm.removesuffix(" without margin")
-    proxy = adapt(target.model, target.trace, (3, 32, 32), proxy_data(plain, arguments.data_root, seed), ADAPT, seed=seed)
-    problem = target.on(proxy.model, proxy.data)
-    result = search(problem, method if plain == arm else replace(method, margin=0.0))
-    spent = {"sample_passes": result.sample_passes + proxy.sample_passes, "seconds": time.process_time() - started}
-    content = certify(target, problem, result.policy)
-    low, high = content["correlation"]["interval"]
-    facts = {"correlation": content["correlation"]["value"], "correlation_low": low, "correlation_high": high, "safe": content["safe"]}
-    foretold = {f"predicted_{name}": value for name, value in content["predicted"].items()}
-    return result.policy, {"images": len(proxy.data.fit) + len(proxy.data.selection), **spent, **facts, **foretold}
+CIFAR = FinetuneOptions(lr=0.02, precision="bfloat16", compile=True, channels_last=True)
+SMALL = FinetuneOptions(lr=0.001, batch_size=32, channels_last=True)
+TARGETS = {
+    "cifar10": Target(5000, PROXIES, 2000, CIFAR),
+    "cifar100": Target(2000, ("cifar10",), 800, CIFAR),
+    "imagenette224": Target(100, ("cifar10", "cifar100"), 2000, SMALL, CENTRED),
+}
 
 
-def measure(arm: str, target: Problem, data: Data, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Return the row of an arm, unless it is known."""
-    file = arguments.runs / f"{arm.replace(' ', '-')}-{seed}-{arguments.steps}-{arguments.finetune}.json"
-    if file.exists():
-        known: dict[str, Any] = json.loads(file.read_text())
-        return known
-    policy, facts = policy_of(arm, target, arguments, seed)
-    widths = " ".join(str(bits.w) for bits in policy.values())
-    asked = {"arm": arm, "seed": seed, "budget": arguments.budget, "steps": arguments.steps}
-    row = {**asked, **facts, "loss": target.loss(policy), "widths": widths}
-    if arguments.finetune:
-        network = quantize(target.model, policy, calibration=data.example(512), correct=("batchnorm",), sites=target.sites)
-        options = FinetuneOptions(epochs=arguments.finetune, lr=0.02, precision="bfloat16", compile=True, channels_last=True)
-        finetune(network, data.fit, options, seed=seed)
-        result = evaluate(network, data.test)
-        runs.save_tree(file.with_suffix(".safetensors"), {"correct": result.correct})
-        row |= {"finetune_epochs": arguments.finetune, "top1": result.top1}
-    file.write_text(json.dumps(row))
-    print(row, flush=True)
-    return row
+@dataclass(frozen=True)
+class Bench:
+    """A target in its place: the problem and data of one seed, and how rows about it are made."""
+
+    target: Target
+    problem: Problem
+    data: Data
+    seed: int
+    arguments: argparse.Namespace
+
+    def file(self, arm: str, kind: str) -> Path:
+        """Return where something about an arm is kept."""
+        arguments = self.arguments
+        place = arguments.runs / f"{arguments.target}-{arguments.model}"
+        place.mkdir(parents=True, exist_ok=True)
+        return Path(place / f"{arm.replace(' ', '-')}-{self.seed}-{arguments.steps}{kind}")
+
+    def searched(self, arm: str) -> tuple[Policy, dict[str, Any]]:
+        """Return an arm's policy and what its search cost, unless they are known."""
+        file = self.file(arm, ".search.json")
+        if not file.exists():
+            policy, facts = self._search(arm)
+            file.write_text(json.dumps({"policy": policy.to_json(), "facts": {**facts, "loss": self.problem.loss(policy)}}))
+        content = json.loads(file.read_text())
+        return Policy.from_json(content["policy"]), content["facts"]
+
+    def _search(self, arm: str) -> tuple[Policy, dict[str, Any]]:
+        method = SEAM(max_steps=self.arguments.steps, epochs=1000, batch_size=64, channels_last=True)
+        problem, started = self.problem, time.process_time()
+        if arm == "uniform":
+            policy = problem.uniform()
+            assert policy is not None
+            return policy, {}
+        if arm.startswith("random "):
+            seed = self.seed * 1000 + int(arm[7:])
+            other = Problem(problem.model, problem.trace, problem.choices, problem.budgets, self.data, seed=seed)
+            return search(other, Random()).policy, {}
+        if arm in ("target", "target epoch"):
+            result = search(problem, method if arm == "target" else replace(method, max_steps=None, epochs=1))
+            spent = {"sample_passes": result.sample_passes, "seconds": time.process_time() - started}
+            return result.policy, {"images": len(self.data.fit) + len(self.data.selection), **spent}
+        plain = arm.removesuffix(" without margin")
+        images = self.proxy_data(plain)
+        proxy = adapt(problem.model, problem.trace, self.data.shape, images, ADAPT, seed=self.seed)
+        source = problem.on(proxy.model, proxy.data)
+        result = search(source, method if plain == arm else replace(method, margin=0.0))
+        spent = {"sample_passes": result.sample_passes + proxy.sample_passes, "seconds": time.process_time() - started}
+        content = certify(problem, source, result.policy)
+        low, high = content["correlation"]["interval"]
+        facts = {"correlation": content["correlation"]["value"], "correlation_low": low, "correlation_high": high, "safe": content["safe"]}
+        foretold = {f"predicted_{name}": value for name, value in content["predicted"].items()}
+        return result.policy, {"images": len(proxy.data.fit) + len(proxy.data.selection), **spent, **facts, **foretold}
+
+    def proxy_data(self, arm: str) -> Data:
+        """Return the images of a proxy."""
+        images = 40 if arm == "tiny" else self.target.images
+        name, change = CHANGES.get(arm, ("cifar100" if arm == "tiny" else arm, None))
+        data = reduced(load_data(name, self.arguments.data_root, held_out=2000, seed=self.seed), images, self.seed)
+        return data if change is None else changed(data, change)
+
+    def measure(self, arm: str) -> dict[str, Any]:
+        """Return the row of an arm."""
+        policy, facts = self.searched(arm)
+        arguments, problem = self.arguments, self.problem
+        row = {"target": arguments.target, "arm": arm, "seed": self.seed, "budget": arguments.budget, "steps": arguments.steps, **facts}
+        row["widths"] = " ".join(str(bits.w) for bits in policy.values())
+        if arguments.finetune:
+            file = self.file(arm, f"-{arguments.finetune}.json")
+            if not file.exists():
+                network = quantize(problem.model, policy, calibration=self.data.example(512), correct=("batchnorm",), sites=problem.sites)
+                finetune(network, self.data.fit, replace(self.target.finetune, epochs=arguments.finetune), seed=self.seed)
+                result = evaluate(network, self.data.test, batch_size=100)
+                runs.save_tree(file.with_suffix(".safetensors"), {"correct": result.correct})
+                file.write_text(json.dumps({"finetune_epochs": arguments.finetune, "n": result.n, "top1": result.top1}))
+            row |= json.loads(file.read_text())
+        print(row, flush=True)
+        return row
+
+    def result(self, row: dict[str, Any]) -> Evaluation:
+        """Return the evaluation of a row, as far as a paired difference needs it."""
+        correct = runs.load_tree(self.file(row["arm"], f"-{self.arguments.finetune}.safetensors"))["correct"]
+        return Evaluation(row["top1"], None, len(correct), 0.0, (0.0, 1.0), (), correct)
+
+    def rows(self, arms: list[str]) -> list[dict[str, Any]]:
+        """Return the rows of some arms; accuracies are compared with the search on the target."""
+        own = [self.measure(arm) for arm in arms]
+        whole = [row for name in ("target epoch", "target") for row in own if row["arm"] == name and "top1" in row]
+        for row in own if whole else ():
+            difference = paired_difference(self.result(row), self.result(whole[0]))
+            low, high = difference.interval
+            row |= {"compared_with": whole[0]["arm"], "difference": difference.difference, "difference_low": low, "difference_high": high}
+        return own
 
 
-def recorded(row: dict[str, Any], arguments: argparse.Namespace) -> Evaluation:
-    """Return the evaluation of a row, as far as a paired difference needs it."""
-    file = arguments.runs / f"{row['arm'].replace(' ', '-')}-{row['seed']}-{arguments.steps}-{arguments.finetune}.safetensors"
-    correct = runs.load_tree(file)["correct"]
-    return Evaluation(row["top1"], None, len(correct), 0.0, (0.0, 1.0), (), correct)
+def network_of(arguments: argparse.Namespace, classes: int) -> torch.nn.Module:
+    """Return the trained float network."""
+    if arguments.model == "folded":
+        return FoldedNetwork(arguments.weights).eval()
+    model = build(arguments.model, num_classes=classes)
+    load_weights(model, arguments.weights)
+    return model.eval()
 
 
 def main() -> None:
     """Measure every arm and write the rows."""
-    without = [f"{name} without margin" for name in PROXIES[:3]]
-    every = ["target", *PROXIES, *without, "uniform", *(f"random {k}" for k in range(1, RANDOM + 1))]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--arms", nargs="+", default=every)
+    parser.add_argument("--model", default="cifar_resnet20", help="a reference network, or `folded`: a graph file (benchmarks/folded.py)")
+    parser.add_argument("--target", choices=list(TARGETS), default="cifar10")
+    parser.add_argument("--arms", nargs="+", help="all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--budget", default="weight_bits<=3.03", help="just holds uniform 3 bits between ends of 8")
+    parser.add_argument("--budget", default="weight_bits<=3.03", help="just holds uniform 3 bits between ends of 8, for ResNet-20")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--finetune", type=int, default=0, help="epochs of the same fine-tuning for every policy; 0 leaves it out")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    made_by = environment()
-    model = build(arguments.model)
-    load_weights(model, arguments.weights)
-    rows = []
+    target = TARGETS[arguments.target]
+    good = [name for name in target.proxies if name not in (*CHANGES, "tiny")]
+    proxies = [*(good if arguments.finetune else target.proxies), *(f"{name} without margin" for name in good)]
+    whole = ["target", *(["target epoch"] if arguments.finetune else [])]
+    arms = arguments.arms or [*whole, *proxies, "uniform", *(f"random {k}" for k in range(1, RANDOM + 1))]
+    made_by, rows = environment(), []
     for seed in arguments.seeds:
-        data = load_data("cifar10", arguments.data_root, held_out=5000, seed=seed)
-        traced = trace(model.eval(), data.example())
+        data = load_data(arguments.target, arguments.data_root, held_out=target.held_out, seed=seed, **target.options)
+        model = network_of(arguments, data.classes)
+        traced = trace(model, data.example())
         choices = build_choices(traced, range(1, 9), (32,))
         pins = {name: allowed[0] for name, allowed in choices.items() if len(allowed) == 1}
-        target = Problem(model, traced, choices, parse_budget(arguments.budget, traced.sites, pins=pins), data, seed=seed)
-        own = [measure(arm, target, data, arguments, seed) for arm in arguments.arms]
-        reference = next((row for row in own if row["arm"] == "target" and "top1" in row), None)
-        for row in own:
-            if reference is not None and "top1" in row:
-                difference = paired_difference(recorded(row, arguments), recorded(reference, arguments))
-                low, high = difference.interval
-                row |= {"difference": difference.difference, "difference_low": low, "difference_high": high}
-            rows.append({**row, "model": arguments.model, "threads": 1, "n": 1, **made_by})
+        problem = Problem(model, traced, choices, parse_budget(arguments.budget, traced.sites, pins=pins), data, seed=seed)
+        own = Bench(target, problem, data, seed, arguments).rows(arms)
+        rows += [{**row, "model": arguments.model, "threads": 1, **made_by} for row in own]
     if not arguments.no_write:
         columns = dict.fromkeys(key for row in rows for key in row)
-        print(write("transfer", [{name: row.get(name, "") for name in columns} for row in rows]))
+        name = f"transfer-{arguments.target}-{arguments.model}" if arguments.finetune else "transfer"
+        print(write(name, [{key: row.get(key, "") for key in columns} for row in rows]))
 
 
 if __name__ == "__main__":
