@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bitwright run digits-sdq --out runs/digits-sdq $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check src tests
