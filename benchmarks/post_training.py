@@ -5,7 +5,8 @@
 For every network: the policy of label-free Fisher sensitivities at each average of weight bits over all layers, ends included, with
 8-bit activations, and the strong uniform baseline, the same quantizer and the same corrections at one width everywhere. For the first
 network also the worth of each step: the same policy at ``--ablated`` bits without it, and with it alone. Accuracies are on the
-test images; differences to uniform of the same average are paired over images. Seconds are processor time on one thread: search
+test images, beside the mean KL divergence from the float network there, which is far less noisy; differences of accuracy to uniform of
+the same average are paired over images. A seed draws the 512 images. Seconds are processor time on one thread: search
 (sensitivities and allocation) and quantization (calibration and corrections).
 Writes results/post-training.csv; row files in --runs let several processes share the work.
 """
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from folded import FoldedNetwork
 from record import environment, write
-from torch import nn
+from torch import Tensor, nn
 
-from bitwright import evaluate, load_data, parse_budget, quantize, runs, search, trace
+from bitwright import load_data, parse_budget, quantize, runs, search, trace
 from bitwright.data import Data
-from bitwright.evaluation import Evaluation, paired_difference
+from bitwright.evaluation import Evaluation, paired_difference, score
 from bitwright.methods.fisher import Fisher
 from bitwright.models import build, load_weights
 from bitwright.policy import Policy
@@ -39,6 +41,7 @@ IMAGES = 512
 CORRECT = ("compensate", "rounding", "refine", "bias", "batchnorm")
 ACTIVATION = 8
 UNIFORM = (4, 3, 2)
+BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Bench:
     trace: Trace
     seed: int
     folder: Path
+    logits: Tensor
 
     def problem(self, budget: float) -> Problem:
         """Return the search problem of an average of weight bits over all layers."""
@@ -110,15 +114,32 @@ class Bench:
             started = time.process_time()
             network = quantize(self.model, policy, calibration=self.data.example(IMAGES), correct=correct, sites=self.trace.sites)
             seconds = time.process_time() - started
-            result = evaluate(network, self.data.test, batch_size=100)
+            logits = logits_of(network, self.data)
+            result = score(logits, torch.cat([y for _, y in self.data.test.batches(BATCH)]), self.data.classes)
+            divergence = F.kl_div(logits.log_softmax(1), self.logits.log_softmax(1), reduction="batchmean", log_target=True)
             weights = sum(site.weights for site in self.trace.sites)
             average = sum(site.weights * policy[site.name].w for site in self.trace.sites) / weights
             row = {"network": self.name, "seed": self.seed, "arm": arm, "average_weight_bits": average, "activation_bits": ACTIVATION}
             row |= {"correct": " ".join(correct), "n": result.n, "top1": result.top1}
-            row |= {"top1_low": result.interval[0], "top1_high": result.interval[1], "quantize_seconds": round(seconds, 1), **facts}
+            row |= {
+                "top1_low": result.interval[0],
+                "top1_high": result.interval[1],
+                "kl": float(divergence),
+                "quantize_seconds": round(seconds, 1),
+                **facts,
+            }
             runs.save_tree(file.with_suffix(".safetensors"), {"correct": result.correct})
             file.write_text(json.dumps(row))
-            print(self.name, arm, f"{100 * result.top1:.2f} %", f"{average:.3f} bits", f"{seconds:.1f} s", flush=True)
+            print(
+                self.name,
+                self.seed,
+                arm,
+                f"{100 * result.top1:.2f} %",
+                f"KL {row['kl']:.4f}",
+                f"{average:.3f} bits",
+                f"{seconds:.1f} s",
+                flush=True,
+            )
         known: dict[str, Any] = json.loads(file.read_text())
         return known
 
@@ -128,11 +149,16 @@ class Bench:
         return Evaluation(row["top1"], None, row["n"], 0.0, (0.0, 1.0), (), runs.load_tree(file)["correct"])
 
 
+def logits_of(model: nn.Module, data: Data) -> Tensor:
+    """Return what a network says of the test images, [n, classes]."""
+    with torch.no_grad():
+        return torch.cat([model.eval()(x) for x, _ in data.test.batches(BATCH)])
+
+
 def rows_of(bench: Bench, budgets: Sequence[float], ablated: float | None) -> list[dict[str, Any]]:
     """Return all rows of a network."""
-    float_result = evaluate(bench.model.eval(), bench.data.test, batch_size=100)
-    print(bench.name, "float", f"{100 * float_result.top1:.2f} %", flush=True)
-    correct, same = bench.network.correct, {"float_top1": float_result.top1}
+    labels = torch.cat([y for _, y in bench.data.test.batches(BATCH)])
+    correct, same = bench.network.correct, {"float_top1": score(bench.logits, labels, bench.data.classes).top1}
     rows = []
     for width in UNIFORM:
         policy = Policy({site.name: (width, ACTIVATION) for site in bench.trace.sites})
@@ -178,8 +204,8 @@ def main() -> None:
         model = network.make(arguments.checkpoints / network.file).eval()
         for seed in arguments.seeds:
             data = load_data(network.data, arguments.data_root, held_out=network.held_out, seed=seed, **network.options)
-            bench = Bench(name, network, model, data, trace(model, data.example()), seed, arguments.runs)
-            ablated = None if arguments.no_ablation or name != arguments.networks[0] else arguments.ablated
+            bench = Bench(name, network, model, data, trace(model, data.example()), seed, arguments.runs, logits_of(model, data))
+            ablated = None if arguments.no_ablation or (name, seed) != (arguments.networks[0], arguments.seeds[0]) else arguments.ablated
             rows += [{**row, "threads": 1, **made_by} for row in rows_of(bench, arguments.budgets, ablated)]
     if not arguments.no_write:
         columns = dict.fromkeys(key for row in rows for key in row)
