@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 import os
@@ -20,11 +19,10 @@ import torch
 
 from bitwright import profile
 from bitwright.compare import compare
-from bitwright.driver import SearchMethod
 from bitwright.errors import BitwrightError, RunError, nearest
 from bitwright.job import Job
-from bitwright.methods import available, get_method
-from bitwright.pipeline import derive, evaluate_file, export_file, run_stages
+from bitwright.methods import available, describe, get_method
+from bitwright.pipeline import derive, evaluate_file, evaluate_under, export_file, run_stages
 from bitwright.policy import Policy
 from bitwright.progress import Progress
 from bitwright.recipe import load_recipe, parse_yaml
@@ -102,12 +100,17 @@ def finetune_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate a run on its test split, float beside quantized; or a packed file of it."""
+    """Evaluate a run on its test split, float beside quantized, also on corrupted images; or a packed file of it."""
+    if arguments.seeds is not None and arguments.conditions is None:
+        raise UsageError("evaluate --seeds: they draw corruptions; also give --conditions, for example --conditions clean,mixed")
+    conditions, seeds = (arguments.conditions or "").split(",") if arguments.conditions else (), arguments.seeds or (0,)
     if arguments.file is None:
-        return _stage(arguments, "evaluate")
-    result = evaluate_file(_existing(arguments), arguments.file)
+        return _finish(evaluate_under(_existing(arguments), conditions, seeds), arguments) if conditions else _stage(arguments, "evaluate")
+    result = evaluate_file(_existing(arguments), arguments.file, conditions, seeds)
     low, high = result["interval"]
     _say(f"{arguments.file}: {100 * result['top1']:.2f} % of {result['n']} test images (95 %: {100 * low:.2f} to {100 * high:.2f})")
+    if conditions:
+        terminal.show_quality({"file": result["quality"]})
     return result
 
 
@@ -183,7 +186,7 @@ def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def methods_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """List the search methods and their options."""
-    described = {name: _describe(method) for name, method in available().items()}
+    described = {name: describe(method) for name, method in available().items()}
     for name, entry in described.items():
         _say(f"{name}: {entry['summary']}")
         for option in entry["options"]:
@@ -406,6 +409,12 @@ def _file_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="FILE", help="the packed file, or the report, instead of the run's own place")
 
 
+def _condition_flags(parser: argparse.ArgumentParser) -> None:
+    about = "also under these, joined by commas: clean, mixed, held_out, NAME:SEVERITY, or NAME for its five severities"
+    parser.add_argument("--conditions", metavar="LIST", help=about)
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="draws of the corruptions (default: 0)")
+
+
 def _compare_flags(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, COMPARE_HELP
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, package.module:Class, or LABEL=NAME; uniform is added")
@@ -440,7 +449,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
     "profile": (profile_command, _optional_target, _recipe_flags, _place_flags, _flag_recipe, _profile_flags),
     "search": (search_command, _optional_target, _out_flag, _recipe_flags, _proxy_flag, _place_flags, _again_flag, _flag_recipe),
     "finetune": (finetune_command, _run_target, _new_out_flag, _recipe_flags, _place_flags, _again_flag, _policy_flag),
-    "evaluate": (evaluate_command, _run_target, _place_flags, _again_flag, _file_flag),
+    "evaluate": (evaluate_command, _run_target, _place_flags, _again_flag, _file_flag, _condition_flags),
     "baselines": (baselines_command, _run_target, _place_flags, _again_flag),
     "compare": (compare_command, _target, _compare_flags, _place_flags),
     "export": (export_command, _run_target, _place_flags, _again_flag, _export_flags),
@@ -460,37 +469,13 @@ def _method_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     group = parser.add_argument_group(f"options of {known.method} (with --model; in a recipe they are search.options)")
     taken = {flag for action in parser._actions for flag in action.option_strings}
     names = []
-    for option in _describe(method)["options"]:
+    for option in describe(method)["options"]:
         flag = f"--{option['name'].replace('_', '-')}"
         flag = flag if flag not in taken else f"--{known.method}-{flag[2:]}"
         about = f"{option['about']} (default: {option['default']})".strip().replace("%", "%%")
         group.add_argument(flag, dest=option["name"], metavar="VALUE", help=about)
         names.append(option["name"])
     parser.set_defaults(method_options=tuple(names))
-
-
-def _describe(method: type[SearchMethod[Any]]) -> dict[str, Any]:
-    """Return a method's summary and options as JSON-able data."""
-    doc = inspect.getdoc(method) or ""
-    every = "\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in method.__mro__)  # a base class tells of its own options
-    options = [
-        {"name": field.name, "default": _default(field), "type": str(field.type), "about": _attribute(every, field.name)}
-        for field in dataclasses.fields(method)  # type: ignore[arg-type]  # every method is one
-    ]
-    module = sys.modules[method.__module__].__doc__ or doc
-    return {"summary": module.splitlines()[0], "ranking": method.ranking, "options": options}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _attribute(doc: str, name: str) -> str:
-    """Return what a docstring's Attributes section says of a name, on one line."""
-    match = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
-    return "" if match is None else " ".join(match[1].split()).replace("``", "")
 
 
 def _version() -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bitwright import runs
 from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
 from bitwright.costs import BitOps, Budget, Size, WeightBits, parse_budget
-from bitwright.data import Data, Split, TensorSplit, check_model, load_data
+from bitwright.data import Data, Split, TensorSplit, check_model, load_data, mixed
 from bitwright.errors import RunError
 from bitwright.exporters.packed import packed_overhead
 from bitwright.memory import ActivationMemory
@@ -77,10 +77,25 @@ class Job:
 
     @cached_property
     def data(self) -> Data:
-        """The data set, its batches on the device."""
+        """The data set, its batches on the device and in the recipe's quality."""
         section = self.recipe.data
         data = load_data(section.name, self.data_root, held_out=section.held_out, seed=self.recipe.seed, **section.options)
-        return self._moved(data)
+        return self._in_quality(self._moved(data))
+
+    def _in_quality(self, data: Data) -> Data:
+        """Return a data set in the recipe's quality: the images of a proxy are treated as those of the target."""
+        section = self.recipe.data.quality
+        return data if section is None else mixed(data, section.mix(), self.recipe.seed)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The conditions that the recipe asks its networks to be evaluated under."""
+        section, quality = self.recipe.evaluate, self.recipe.data.quality
+        if section is not None:
+            return tuple(section.conditions)
+        if quality is None:
+            return ()
+        return ("clean", "mixed", "held_out") if quality.mix().held_out else ("clean", "mixed")
 
     def _moved(self, data: Data) -> Data:
         """Return a data set whose batches are on the device."""
@@ -175,7 +190,7 @@ class Job:
         images = default_images(self.data) if section.images is None else section.images
         held = max(1, round(HELD_OUT * images))
         whole = load_data(section.name, self.data_root, held_out=held, seed=self.recipe.seed, **section.options)
-        return self._moved(reduced(whole, images, self.recipe.seed))
+        return self._in_quality(self._moved(reduced(whole, images, self.recipe.seed)))
 
     @cached_property
     def proxy(self) -> Proxy | None:
@@ -307,6 +322,13 @@ class _Moved(Split):
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         x, y = self.split.batch(index, generator)
         return x.to(self.device), y.to(self.device)
+
+    def pixels(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        x, y = self.split.pixels(index, generator)
+        return x.to(self.device), y.to(self.device)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return self.split.normalise(pixels)
 
     def subset(self, index: Tensor) -> Split:
         return _Moved(self.split.subset(index), self.device)

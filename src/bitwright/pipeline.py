@@ -20,7 +20,7 @@ from torch import nn
 from bitwright import runs
 from bitwright.baselines import baselines_stage
 from bitwright.certificate import certify
-from bitwright.data import Split
+from bitwright.data import Split, parse_conditions
 from bitwright.driver import SearchMethod, Stop, search
 from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
@@ -198,11 +198,17 @@ def finetune_stage(job: Job) -> dict[str, Any]:
 
 
 def evaluate_stage(job: Job) -> dict[str, Any]:
-    """Evaluate the float and the quantized network on the test split, which nothing before has seen."""
-    results = {"float": evaluate(job.network, job.data.test), "quantized": evaluate(job.quantized, job.data.test)}
-    record = {name: result.to_dict() for name, result in results.items()}
-    costs = {"quantized": job.describe(job.policy), "float": job.describe(job.float_policy)}
-    write_json(job, "evaluation.json", {name: {**record[name], **costs[name]} for name in record})
+    """Evaluate the float and the quantized network on the test split, which nothing before has seen, under the recipe's conditions."""
+    section = job.recipe.evaluate
+    return _evaluate(job, job.conditions, (0,) if section is None else section.seeds)
+
+
+def _evaluate(job: Job, conditions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Write evaluation.json and return the accuracies."""
+    networks = {"float": (job.network, job.float_policy), "quantized": (job.quantized, job.policy)}
+    results = {name: evaluate(network, job.data.test, conditions=conditions, seeds=seeds) for name, (network, _) in networks.items()}
+    record = {name: {**result.to_dict(), **job.describe(networks[name][1])} for name, result in results.items()}
+    write_json(job, "evaluation.json", record)
     return {name: result.top1 for name, result in results.items()}
 
 
@@ -259,9 +265,30 @@ def export_file(
     return {**artefact.to_dict(), "path": str(path)}
 
 
-def evaluate_file(job: Job, path: str | Path) -> dict[str, Any]:
+def evaluate_file(job: Job, path: str | Path, conditions: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> dict[str, Any]:
     """Evaluate a packed file on the run's test split; raises `ExportError` if it cannot be read."""
-    return {"path": str(path), **evaluate(load(path, job.untrained).to(job.device), job.data.test).to_dict()}
+    network = load(path, job.untrained).to(job.device)
+    return {"path": str(path), **evaluate(network, job.data.test, conditions=conditions, seeds=seeds).to_dict()}
+
+
+def evaluate_under(job: Job, conditions: Sequence[str], seeds: Sequence[int] = (0,)) -> dict[str, Any]:
+    """Evaluate a run's networks under other conditions than its recipe's; write evaluation.json and a report it had, return `summary`.
+
+    Args:
+        job: a run; the stages that its network needs are run if they are missing.
+        conditions: such as ``clean``, ``gaussian_noise:3``, ``mixed``.
+        seeds: draws of the corruptions.
+
+    Raises:
+        DataError: an unknown condition, before anything is run.
+    """
+    parse_conditions(conditions)
+    run_stages(job, ["evaluate"])
+    with threads(job.recipe.threads):
+        _evaluate(job, conditions, seeds)
+    if job.run.finished("report"):
+        report_stage(job)
+    return summary(job)
 
 
 def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Policy | None = None) -> Job:

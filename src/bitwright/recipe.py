@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from bitwright.data.quality import Mix, parse_conditions
 from bitwright.errors import RecipeError, nearest
 from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
@@ -40,12 +41,48 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
 
+class QualitySection(Section):
+    """Images of mixed quality: which corruptions and severities, how often, and which are held out for the test.
+
+    Corruptions and severities are a list, all equally often, or a mapping to how often each comes.
+    """
+
+    corruptions: dict[str, float] | None = None
+    severities: dict[int, float] | None = None
+    clean: float = 0.25
+    held_out: list[str] | None = None
+
+    @field_validator("corruptions", "severities", mode="before")
+    @classmethod
+    def _equally_often(cls, value: object) -> object:
+        if isinstance(value, list) and len(set(map(str, value))) < len(value):
+            raise ValueError("one is given twice; give each once, or a mapping to how often each comes")
+        return dict.fromkeys(value, 1.0) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _makes_a_mix(self) -> QualitySection:
+        self.mix()
+        return self
+
+    def mix(self) -> Mix:
+        """Return the mix; raises `DataError` for one that cannot be.
+
+        >>> QualitySection(corruptions=["fog"], severities=[2], clean=0.5).mix().corruptions
+        {'fog': 1.0}
+        """
+        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        if self.held_out is not None:
+            given["held_out"] = tuple(self.held_out)
+        return Mix(**given)
+
+
 class DataSection(Section):
-    """Which data, and how many training images are held out for selection."""
+    """Which data, how many training images are held out for selection, and in what quality they come."""
 
     name: str
     held_out: int = Field(ge=1)
     options: Options = Field(default_factory=dict)
+    quality: QualitySection | None = None
 
 
 class ModelSection(Section):
@@ -167,6 +204,21 @@ class CompareSection(Section):
         return {**{label: name if equals else label for label, equals, name in pairs}, "uniform": "uniform"}
 
 
+class EvaluateSection(Section):
+    """Under which conditions both networks are evaluated besides the test images as they are, and with which draws.
+
+    Without this section, a recipe with ``data.quality`` has ``clean``, ``mixed`` and, where it holds corruptions out, ``held_out``.
+    """
+
+    conditions: list[str] = Field(default_factory=list)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _in_one_text(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+
 class ExportSection(Section):
     """Where the result goes."""
 
@@ -190,6 +242,7 @@ class Recipe(Section):
     teacher: TeacherSection | None = None
     baselines: BaselinesSection | None = None
     compare: CompareSection | None = None
+    evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
     report: bool = True
 
@@ -201,7 +254,9 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON-able data, defaults filled in; `load_recipe` accepts it again."""
         data = self.model_dump(mode="json", by_alias=True)
-        return data if self.compare is not None else {key: value for key, value in data.items() if key != "compare"}
+        if data["data"]["quality"] is None:  # what a recipe does not have leaves no trace: runs begun before it was there go on
+            del data["data"]["quality"]
+        return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate")}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
@@ -343,6 +398,8 @@ def _check_options(recipe: Recipe) -> None:
     """Check the free sections against the dataclasses that will receive them, before anything runs."""
     make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
     make_options(QuantizeOptions, recipe.quantize, "quantize")
+    if recipe.evaluate is not None and recipe.evaluate.conditions:
+        parse_conditions(recipe.evaluate.conditions)
     adapt = None if recipe.search.proxy is None else recipe.search.proxy.adapt
     for place, section in (("float", recipe.float_training), ("finetune", recipe.finetune), ("search.proxy.adapt", adapt)):
         if section is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.data.corruptions import COMMON, DETERMINISTIC
+from bitwright.data.corruptions import COMMON, DETERMINISTIC, SEVERITIES
 from bitwright.data.quality import TEST_SEED, Condition, Mix, MixedSplit, parse_conditions
 from bitwright.data.splits import Split
 from bitwright.errors import DataError, TrainingError
@@ -128,8 +128,10 @@ class Robustness:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values: what evaluation.json holds of each network under ``quality``."""
         mean, worst = self.mean_corruption, self.worst
-        names = dict.fromkeys(one.condition.name for one in self.corrupted)
-        summary = None if mean is None else {**mean.to_dict(), "corruptions": len(names), "all_common": set(COMMON) <= set(names)}
+        conditions = {(one.condition.name, one.condition.severity) for one in self.corrupted}
+        names = {name for name, _ in conditions}
+        whole = names == set(COMMON) and len(conditions) == len(COMMON) * len(SEVERITIES)
+        summary = None if mean is None else {**mean.to_dict(), "corruptions": len(names), "all_common": whole}
         return {
             "conditions": [one.to_dict() for one in self.measured],
             "mean_corruption_accuracy": summary,
@@ -182,7 +184,7 @@ def _measured(model: nn.Module, split: Split, condition: Condition, seeds: Seque
 
 
 def _by_severity(condition: Condition, views: Sequence[Split], correct: Tensor) -> Iterator[tuple[int, Accuracy]]:
-    """Yield, of a mix, the accuracy of the images that had each severity; draws of an image count as images of their own."""
+    """Yield, of a mix, the accuracy of the images that had each severity, each judged by the draws in which it did."""
     if condition.severity is not None:
         return
     found = [view.quality.severity for view in views if isinstance(view, MixedSplit)]
@@ -190,7 +192,9 @@ def _by_severity(condition: Condition, views: Sequence[Split], correct: Tensor) 
         return
     severity = torch.stack(found)
     for value in sorted(set(severity.flatten().tolist())):
-        yield int(value), Accuracy.of(correct[severity == value])
+        had = severity == value
+        some = had.any(0)
+        yield int(value), Accuracy.of((correct & had).sum(0)[some] / had.sum(0)[some])
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ class Mix:
         assert self.held_out is not None
         for name in (*self.corruptions, *self.held_out):
             check_corruption(name, 1)
-        for severity in self.severities:
-            check_corruption("gaussian_noise", severity)
+        wrong = [severity for severity in self.severities if severity not in SEVERITIES]
+        if wrong:
+            raise DataError(f"quality: severity {wrong[0]!r}; severities are the whole numbers 1 (mild) to 5")
         both = [name for name in self.held_out if name in self.corruptions]
         if both:
             raise DataError(f"quality: '{both[0]}' is held out and among the corruptions; leave it out of one of them")

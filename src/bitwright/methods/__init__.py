@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
+import sys
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -64,3 +67,27 @@ def _checked(kind: object, what: str) -> type[SearchMethod[Any]]:
     if not (inspect.isclass(kind) and issubclass(kind, SearchMethod)) or inspect.isabstract(kind):
         raise RecipeError(f"{what} is no search method; give a class that derives from bitwright.driver.SearchMethod")
     return kind
+
+
+def describe(method: type[SearchMethod[Any]]) -> dict[str, Any]:
+    """Return a method's summary and options as JSON-able data."""
+    doc = inspect.getdoc(method) or ""
+    every = "\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in method.__mro__)  # a base class tells of its own options
+    options = [
+        {"name": field.name, "default": _default(field), "type": str(field.type), "about": _attribute(every, field.name)}
+        for field in dataclasses.fields(method)  # type: ignore[arg-type]  # every method is one
+    ]
+    module = sys.modules[method.__module__].__doc__ or doc
+    return {"summary": module.splitlines()[0], "ranking": method.ranking, "options": options}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _attribute(doc: str, name: str) -> str:
+    """Return what a docstring's Attributes section says of a name, on one line."""
+    match = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return "" if match is None else " ".join(match[1].split()).replace("``", "")

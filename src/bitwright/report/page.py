@@ -13,6 +13,7 @@ from bitwright.report.charts import Bar, Dot, Line, bars, dots, heat, lines, num
 from bitwright.report.comparison import is_comparison, render_comparison
 from bitwright.report.facts import Facts, Row, alarms, expected_bits, read_facts
 from bitwright.report.parts import cells, document, pairs, table, tile
+from bitwright.report.quality import quality
 from bitwright.report.table import HEADINGS, accuracy_text, amount, bits_text, policy_rows, same_finetuning, size_text
 from bitwright.report.transfer import transfer
 
@@ -219,6 +220,7 @@ SECTIONS: tuple[Callable[[Facts], str], ...] = (
     _headline,
     _alarms,
     _policies,
+    quality,
     _bits,
     transfer,
     additivity,

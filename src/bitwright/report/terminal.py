@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from bitwright.report import comparison
 from bitwright.report.facts import Facts, alarms, read_facts
+from bitwright.report.quality import condition_rows, records_of
 from bitwright.report.table import HEADINGS, PolicyRow, policy_rows
 
 
@@ -27,11 +29,25 @@ def show(run_dir: str | Path, console: Console | None = None) -> None:
         own = [row for row in rows if row.group == group]
         if own:
             console.print(_table(own, f"{facts.name}: {title}"))
+    show_quality(records_of(facts), console)
     for text in _notes(facts):
         console.print(text, highlight=False)
     for name in ("policy.json", "export/model.safetensors", "report.html"):
         if (Path(run_dir) / name).is_file():
             console.print(f"{name.partition('/')[0].partition('.')[0]}: {Path(run_dir) / name}", highlight=False, soft_wrap=True)
+
+
+def show_quality(records: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print networks under conditions side by side, nothing where there are none."""
+    if not records:
+        return
+    headings, rows = condition_rows(records)
+    table = Table(title="image quality: accuracy, %", box=SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "condition" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    (console or new_console()).print(table)
 
 
 def new_console() -> Console:
