@@ -204,9 +204,21 @@ def network_of(arguments: argparse.Namespace, classes: int) -> torch.nn.Module:
     return model.eval()
 
 
-def main() -> None:
-    """Measure every arm and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def prepared(arguments: argparse.Namespace, seed: int) -> Bench:
+    """Return the target of one seed in its place."""
+    target = TARGETS[arguments.target]
+    data = load_data(arguments.target, arguments.data_root, held_out=target.held_out, seed=seed, **target.options)
+    model = network_of(arguments, data.classes)
+    traced = trace(model, data.example())
+    choices = build_choices(traced, range(1, 9), (32,))
+    pins = {name: allowed[0] for name, allowed in choices.items() if len(allowed) == 1}
+    problem = Problem(model, traced, choices, parse_budget(arguments.budget, traced.sites, pins=pins), data, seed=seed)
+    return Bench(target, problem, data, seed, arguments)
+
+
+def flags(description: str | None) -> argparse.ArgumentParser:
+    """Return the options that say what is searched, and where."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--model", default="cifar_resnet20", help="a reference network, or `folded`: a graph file (benchmarks/folded.py)")
@@ -215,9 +227,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budget", default="weight_bits<=3.03", help="just holds uniform 3 bits between ends of 8, for ResNet-20")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--finetune", type=int, default=0, help="epochs of the same fine-tuning for every policy; 0 leaves it out")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
+    return parser
+
+
+def main() -> None:
+    """Measure every arm and write the rows."""
+    parser = flags(__doc__)
+    parser.add_argument("--finetune", type=int, default=0, help="epochs of the same fine-tuning for every policy; 0 leaves it out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     target = TARGETS[arguments.target]
@@ -227,13 +245,7 @@ def main() -> None:
     arms = arguments.arms or [*whole, *proxies, "uniform", *(f"random {k}" for k in range(1, RANDOM + 1))]
     made_by, rows = environment(), []
     for seed in arguments.seeds:
-        data = load_data(arguments.target, arguments.data_root, held_out=target.held_out, seed=seed, **target.options)
-        model = network_of(arguments, data.classes)
-        traced = trace(model, data.example())
-        choices = build_choices(traced, range(1, 9), (32,))
-        pins = {name: allowed[0] for name, allowed in choices.items() if len(allowed) == 1}
-        problem = Problem(model, traced, choices, parse_budget(arguments.budget, traced.sites, pins=pins), data, seed=seed)
-        own = Bench(target, problem, data, seed, arguments).rows(arms)
+        own = prepared(arguments, seed).rows(arms)
         rows += [{**row, "model": arguments.model, "threads": 1, **made_by} for row in own]
     if not arguments.no_write:
         columns = dict.fromkeys(key for row in rows for key in row)
