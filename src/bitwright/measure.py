@@ -62,7 +62,7 @@ def trained(
     model = job.quantize(policy)
     if options is not None:
         own = job.recipe.seed if seed is None else seed
-        finetune(model, job.data.fit, options, teacher=job.teacher, out=out, seed=own, log=log)
+        finetune(model, job.data.fit, options, teacher=job.teacher, selection=job.data.selection, out=out, seed=own, log=log)
     return model
 
 

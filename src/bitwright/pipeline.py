@@ -239,7 +239,7 @@ def train(job: Job, model: nn.Module, options: FinetuneOptions, stage: str, out:
         runs.append_jsonl(file, {**row, **seen})
         job.log(stage, {**row, **seen, "epochs": options.epochs})
 
-    history = finetune(model, job.data.fit, options, teacher=teacher, out=out, log=log, seed=job.recipe.seed)
+    history = finetune(model, job.data.fit, options, teacher=teacher, selection=job.data.selection, out=out, log=log, seed=job.recipe.seed)
     # A killed run logs the epochs after its last checkpoint twice: the last account of each is the true one.
     rows = {row["epoch"]: row for row in runs.read_jsonl(file)}
     kept = [rows.get(row["epoch"], dict(row)) for row in history.epochs]

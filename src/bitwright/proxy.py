@@ -92,7 +92,7 @@ def adapt(model: nn.Module, trace: Trace, shape: tuple[int, ...], data: Data, op
     spent = estimate_batchnorm(network, data.fit)
     spent += replace_head(network, trace.last, data)
     if options is not None:
-        history = finetune(network, data.fit, options, seed=seed)
+        history = finetune(network, data.fit, options, selection=data.selection, seed=seed)
         spent += 3 * history.steps * min(options.batch_size, len(data.fit))
     return Proxy(network.eval(), data, spent)
 

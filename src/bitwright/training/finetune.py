@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from bitwright import runs
 from bitwright.errors import DataError, RunError, TrainingError
 from bitwright.quant.modules import QuantLayer, evaluating, named_quant_layers
+from bitwright.robustness import Goal
 from bitwright.training.losses import Reduction, bin_regularization, bins_weight, distillation
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ class FinetuneOptions:
         compile: compile the step with ``torch.compile``.
         channels_last: keep images and weights in channels-last order while training.
         checkpoint_seconds: least time between two checkpoints.
+        stop_at: an accuracy at a quality, such as ``gaussian_noise:3>=0.80`` or ``clean>=0.9``: the training is over at the end of the
+            first epoch in which the selection images reach it (`bitwright.robustness.Goal`). The learning rate keeps the schedule
+            of the whole training.
     """
 
     epochs: int = 10
@@ -90,6 +95,7 @@ class FinetuneOptions:
     compile: bool = False
     channels_last: bool = False
     checkpoint_seconds: float = 60.0
+    stop_at: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -102,11 +108,13 @@ class FinetuneOptions:
             raise TrainingError(f"fine-tuning option label_smoothing={self.label_smoothing} is above 1")
         if self.ema >= 1 or not 0 <= self.bins_start < 1:
             raise TrainingError(f"fine-tuning options ema={self.ema} and bins_start={self.bins_start} must be below 1")
+        if self.stop_at is not None:
+            Goal.parse(self.stop_at)
 
 
 @dataclass(frozen=True)
 class History:
-    """What a training run did: one row an epoch (epoch, step, loss, lr, seconds)."""
+    """What a training run did: one row an epoch (epoch, step, loss, lr, seconds; with ``stop_at`` also goal, the accuracy it judges)."""
 
     epochs: tuple[Mapping[str, Any], ...]
     steps: int
@@ -122,6 +130,7 @@ class _Progress:
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     ema: dict[str, Tensor] = field(default_factory=dict)
+    reached: bool = False
 
 
 def finetune(
@@ -130,6 +139,7 @@ def finetune(
     options: FinetuneOptions,
     *,
     teacher: nn.Module | None = None,
+    selection: Split | None = None,
     out: Path | None = None,
     log: Log | None = None,
     seed: int = 0,
@@ -144,12 +154,13 @@ def finetune(
         data: training images; each batch is an augmented view.
         options: how.
         teacher: float network whose soft labels are learned.
+        selection: images that ``stop_at`` is judged on.
         out: directory for checkpoints; a checkpoint found there is resumed.
         log: called with each epoch's row.
         seed: of order, augmentation and dropout.
 
     Raises:
-        TrainingError: the loss is not a number; the last good checkpoint stays in ``out``.
+        TrainingError: the loss is not a number (the last good checkpoint stays in ``out``), or ``stop_at`` has no images.
         DataError: there is no data, or the network has no output for some label.
         RunError: the checkpoint in ``out`` belongs to another network or cannot be read.
     """
@@ -165,12 +176,31 @@ def finetune(
     optimizer = build_optimizer(model, options)
     progress = _resume(model, optimizer, _fingerprint(options, seed, taught=teacher is not None), out)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _train(model, guide, data, options, optimizer, progress, out, log, seed)
+        _train(model, guide, data, options, optimizer, progress, out, log, seed, _judge(options, selection))
     _check_finite(model)
     if options.ema:
         _load(model, progress.ema)
     set_memory_order(model.eval(), channels_last=False)
     return History(tuple(progress.rows), progress.step, progress.seconds)
+
+
+def _judge(options: FinetuneOptions, selection: Split | None) -> Callable[[nn.Module, _Progress], None] | None:
+    """Return what notes at the end of an epoch whether the goal is reached, by the weights that would be kept."""
+    if options.stop_at is None:
+        return None
+    if selection is None:
+        raise TrainingError(f"fine-tuning option stop_at='{options.stop_at}' needs images to be judged on; give selection=")
+    goal = Goal.parse(options.stop_at)
+
+    def judge(model: nn.Module, progress: _Progress) -> None:
+        kept = copy.deepcopy(model) if options.ema else model
+        if options.ema:
+            _load(kept, progress.ema)
+        accuracy = goal.measure(kept, selection)
+        progress.rows[-1]["goal"] = accuracy
+        progress.reached = accuracy >= goal.accuracy
+
+    return judge
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -214,13 +244,14 @@ def _train(
     out: Path | None,
     log: Log | None,
     seed: int,
+    judge: Callable[[nn.Module, _Progress], None] | None,
 ) -> None:
     """Run the steps that are left."""
     epoch_steps, steps = steps_in(data, options)
     loss_of = build_loss(model, teacher, options)
     device = next(model.parameters()).device
     started, saved = time.monotonic() - progress.seconds, time.monotonic()
-    while progress.step < steps:
+    while progress.step < steps and not progress.reached:
         x, y = draw_batch(data, progress.step, epoch_steps, options.batch_size, seed)
         if options.mixup:
             x, y = blend(x, y, options.mixup, data.classes)
@@ -234,8 +265,9 @@ def _train(
         progress.step += 1
         _average(model, options.ema, progress)
         if progress.step % epoch_steps == 0 or progress.step == steps:
-            _end_epoch(progress, epoch_steps, lr, time.monotonic() - started, log)
-        if out is not None and (time.monotonic() - saved >= options.checkpoint_seconds or progress.step == steps):
+            _end_epoch(progress, epoch_steps, lr, time.monotonic() - started, log, judge and partial(judge, model))
+        over = progress.step == steps or progress.reached
+        if out is not None and (time.monotonic() - saved >= options.checkpoint_seconds or over):
             progress.seconds = time.monotonic() - started
             _save(model, optimizer, _fingerprint(options, seed, taught=teacher is not None), progress, out)
             saved = time.monotonic()
@@ -409,20 +441,27 @@ def _load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             own[name].copy_(value)
 
 
-def _end_epoch(progress: _Progress, epoch_steps: int, lr: float, seconds: float, log: Log | None) -> None:
-    """Close the row of an epoch."""
+def _end_epoch(
+    progress: _Progress, epoch_steps: int, lr: float, seconds: float, log: Log | None, judge: Callable[[_Progress], None] | None
+) -> None:
+    """Close the row of an epoch and see whether the goal is reached."""
     done = (progress.step - 1) % epoch_steps + 1
     epoch = (progress.step - 1) // epoch_steps + 1
     row = {"epoch": epoch, "step": progress.step, "loss": progress.total / done, "lr": lr, "seconds": seconds}
     progress.rows.append(row)
     progress.total = 0.0
+    if judge is not None:
+        judge(progress)
     if log is not None:
         log(row)
 
 
 def _fingerprint(options: FinetuneOptions, seed: int, *, taught: bool) -> dict[str, Any]:
     """Return what a checkpoint must share to be resumed."""
-    return {k: v for k, v in asdict(options).items() if k not in ("checkpoint_seconds", "compile")} | {"seed": seed, "teacher": taught}
+    bound = {k: v for k, v in asdict(options).items() if k not in ("checkpoint_seconds", "compile")}
+    if options.stop_at is None:  # checkpoints of before it was there go on
+        del bound["stop_at"]
+    return bound | {"seed": seed, "teacher": taught}
 
 
 def _bits(model: nn.Module) -> dict[str, tuple[int, int]]:
