@@ -1,0 +1,463 @@
+r"""Layers whose width is chosen for every sample: samples of one width run together, each sample once a site.
+
+A layer is :math:`y_n = s^x_{k} s^w_{k} (\bar w_k * \bar x_{n,k})` where k is the choice of sample n, :math:`\bar w_k` and
+:math:`\bar x_{n,k}` are the integer codes at its widths and :math:`s` the step sizes learned for that width. Activations and
+normalisation are quantized and scaled sample by sample, which costs nothing; the convolution groups the batch by weight width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from bitwright.errors import SiteError
+from bitwright.policy import Bits
+from bitwright.quant.calibration import TINY
+from bitwright.quant.functional import UNTOUCHED, pick
+from bitwright.quant.gates import GatedActivation, GatedWeight
+from bitwright.quant.modules import Op
+
+PRIOR = 4.0
+"""Samples that the running statistics of a width count for beside those of the batch: a group of one, or none, is then no exception."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a site does with each sample of a batch.
+
+    Attributes:
+        index: the choice that runs, int64 ``[N]``.
+        other: the one neighbour whose output the gradient needs, int64 ``[N]``; None where no gradient is asked for.
+        gate: weight of the neighbour ``[N]``: zero, and there for its gradient alone, unless outputs are interpolated.
+    """
+
+    index: Tensor
+    other: Tensor | None = None
+    gate: Tensor | None = None
+
+
+@dataclass
+class Ledger:
+    """What was executed, counted where it happens: each entry is (layer, bits, samples, MACs a sample)."""
+
+    entries: list[tuple[str, Bits, int, int]] = field(default_factory=list)
+
+    @property
+    def bitops(self) -> int:
+        """The bit operations of all entries, MACs · w · a."""
+        return sum(samples * macs * bits.w * bits.a for _, bits, samples, macs in self.entries)
+
+    def samples(self, layer: str) -> int:
+        """Return how many executions of one sample a layer had."""
+        return sum(samples for name, _, samples, _ in self.entries if name == layer)
+
+
+class Pass:
+    """What the layers of one forward pass share: how a site decides, what was decided, and what is still owed.
+
+    Attributes:
+        decide: called with a site's number and its input ``[N, C, …]``.
+        decisions: by site, of this pass.
+        owed: outputs of neighbours that a normalisation has yet to take, by layer.
+        interpolate: outputs of the two widths are mixed, and both are trained.
+        ledger: counts executions, where it is set.
+    """
+
+    def __init__(self, sites: int, decide: Callable[[int, Tensor], Decision]):
+        self.decide = decide
+        self.decisions: list[Decision | None] = [None] * sites
+        self.owed: dict[str, Tensor] = {}
+        self.interpolate = False
+        self.ledger: Ledger | None = None
+
+    def reset(self) -> None:
+        """Forget the decisions of the pass before."""
+        self.decisions = [None] * len(self.decisions)
+        self.owed = {}
+
+    def decision(self, site: int, x: Tensor) -> Decision:
+        """Return what a site does; the first of its layers to run decides."""
+        known = self.decisions[site]
+        if known is None:
+            known = self.decide(site, x)
+            self.decisions[site] = known
+        return known
+
+
+class AdaptiveLayer(nn.Module):
+    """A convolution or linear layer with one or several choices of bits; with several, its site chooses for every sample.
+
+    Args:
+        name: path in the network.
+        op: what the layer computes.
+        weight: latent float weight, shared by all widths.
+        bias: float bias or None.
+        choices: the bits it may run at.
+        weights: step sizes of every weight width; None where all are 32.
+        inputs: step sizes of every activation width; None where all are 32.
+        site: number of its site among those that decide; -1 with one choice.
+        shared: the pass.
+        normalised: a `SwitchableNorm` follows and takes the neighbour's output.
+    """
+
+    a_widths: Tensor
+    w_place: Tensor
+    w_widths: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        op: Op,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        choices: Sequence[Bits],
+        weights: GatedWeight | None,
+        inputs: GatedActivation | None,
+        site: int,
+        shared: Pass,
+        *,
+        normalised: bool = False,
+    ):
+        super().__init__()
+        self.name, self.op, self.choices, self.site, self.shared, self.normalised = name, op, tuple(choices), site, shared, normalised
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.weight_quantizer, self.input_quantizer = weights, inputs
+        distinct = sorted({bits.w for bits in choices})
+        self.geometry = None if len(distinct) == 1 else _geometry(name, op)
+        for label, values in (
+            ("a_widths", [bits.a for bits in choices]),
+            ("w_widths", distinct),
+            ("w_place", [distinct.index(bits.w) for bits in choices]),
+        ):
+            self.register_buffer(label, torch.tensor(values, device=weight.device), persistent=False)
+        integer = weights is not None and inputs is not None and max(max(bits) for bits in choices) < UNTOUCHED
+        self.integer = integer and weights is not None and weights.form == "lsq"
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return each sample's output at its own width."""
+        if output_size is not None:
+            raise SiteError(f"layer '{self.name}' is asked for an output size, which an adaptive layer does not take; name it in skip=")
+        if len(self.choices) == 1:
+            index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            return self._execute(x, index, self._weights())
+        decision = self.shared.decision(self.site, x)
+        weights = self._weights()
+        y = self._execute(x, decision.index, weights)
+        if decision.other is None:
+            return y
+        if self.shared.interpolate:
+            other = self._execute(x, decision.other, weights)
+        else:
+            with torch.no_grad():
+                other = self._execute(x.detach(), decision.other, weights.detach())
+        if self.normalised:
+            self.shared.owed[self.name] = other
+            return y
+        return mix(y, other, decision.gate, attached=self.shared.interpolate)
+
+    def _weights(self) -> Tensor:
+        """Return the weights at every distinct width, ``[D, …]``."""
+        if self.weight_quantizer is None:
+            return self.weight[None]
+        count = len(self.w_widths)
+        return torch.stack([self.weight_quantizer.at_width(self.weight, self.w_widths[d]) for d in range(count)])
+
+    def _execute(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Run every sample once, at its choice."""
+        if self.shared.ledger is not None:
+            self._record(x, index, self.shared.ledger)
+        exact = self.integer and not self.training and not torch.is_grad_enabled()
+        bits = spread(pick(self.a_widths, index), x)
+        values = x if self.input_quantizer is None else self.input_quantizer.at_width(x, bits)
+        if exact:
+            return self._integers(values, bits, weights, index)
+        if torch.is_autocast_enabled(x.device.type):
+            half = torch.get_autocast_dtype(x.device.type)
+            values, weights = values.to(half), weights.to(half)
+        return self._with_bias(self._operate(values, weights, index))
+
+    def _integers(self, values: Tensor, bits: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """Run on integer codes and scale afterwards: sums of integers below 2^24 are exact in any order, so in any batch."""
+        inputs, quantizer = cast(GatedActivation, self.input_quantizer), cast(GatedWeight, self.weight_quantizer)
+        step = _step(inputs.scale, bits)
+        table = torch.stack([_step(quantizer.scale, width) for width in self.w_widths])
+        y = self._operate((values / step).round(), (weights / table.view(len(table), *quantizer.shape)).round(), index)
+        scale = pick(table, pick(self.w_place, index)) * step.view(-1, 1)
+        if self.op.kind == "transposed":
+            scale = scale.repeat(1, self.op.groups)
+        shape = (len(y), *[1] * (y.dim() - 2), -1) if self.op.kind == "linear" else (len(y), -1, *[1] * (y.dim() - 2))
+        return self._with_bias(y * scale.view(shape))
+
+    def _operate(self, values: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        if self.geometry is None:
+            return self.op(values, weights[0], None)
+        place = pick(self.w_place, index)
+        if self.op.kind == "linear":
+            return grouped_linear(values, weights, place)
+        stride, padding, dilation, transposed, extra, groups = self.geometry
+        if self.op.padding_mode != "zeros":
+            values = F.pad(values, self.op.padding_both, mode=self.op.padding_mode)
+        result: Tensor = grouped_convolution(values, weights, place, stride, padding, dilation, transposed, extra, groups)
+        return result
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        if self.bias is None:
+            return y
+        bias = cast(Tensor, self.bias)
+        return y + (bias if self.op.kind == "linear" else bias.view(-1, *[1] * (y.dim() - 2)))
+
+    def _record(self, x: Tensor, index: Tensor, ledger: Ledger) -> None:
+        """Count what is about to run, from the tensors themselves."""
+        with torch.no_grad():
+            out = self.op(x[:1].detach(), self.weight.detach(), None).numel()
+        per_output = math.prod(self.weight.shape[1:])
+        macs = per_output * (x[0].numel() if self.op.kind == "transposed" else out)
+        counts = torch.bincount(index, minlength=len(self.choices)).tolist()
+        ledger.entries += [(self.name, bits, count, macs) for bits, count in zip(self.choices, counts, strict=True) if count]
+
+    def extra_repr(self) -> str:
+        """Return the choices."""
+        return f"{self.op.kind}, {tuple(self.weight.shape)}, {' | '.join(map(repr, self.choices))}"
+
+
+class SwitchableNorm(nn.Module):
+    r"""BatchNorm with statistics, weight and bias of its own for every choice of a site (Yu et al., "Slimmable networks", 2019).
+
+    In training a choice normalises by :math:`(n_k \hat\mu_k + n_0\mu_k)/(n_k+n_0)`, with :math:`\hat\mu_k` the mean over its
+    :math:`n_k` samples of the batch, :math:`\mu_k` the running one and :math:`n_0` = `PRIOR`; the variance likewise.
+    Differs: Yu et al. see whole batches of one width, so their :math:`n_0` is 0.
+
+    Args:
+        norm: the BatchNorm it takes the place of.
+        count: number of choices.
+        site: number of the site before it.
+        layer: path of the layer before it.
+        shared: the pass.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: BatchNorm, count: int, site: int, layer: str, shared: Pass):
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.kind, self.eps, self.momentum = type(norm), norm.eps, 0.1 if norm.momentum is None else norm.momentum
+        self.site, self.layer, self.shared = site, layer, shared
+        ones = torch.ones_like(norm.running_mean)
+        weight, bias = (ones, 0 * ones) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
+        self.weight = nn.Parameter(weight.repeat(count, 1))
+        self.bias = nn.Parameter(bias.repeat(count, 1))
+        self.register_buffer("running_mean", norm.running_mean.repeat(count, 1))
+        self.register_buffer("running_var", norm.running_var.repeat(count, 1))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Normalise each sample ``[N, C, …]`` by the statistics of its choice, and settle the neighbour's share."""
+        decision = self.shared.decisions[self.site]
+        assert decision is not None
+        mean, var = self._batch(y, decision.index) if self.training else (self.running_mean, self.running_var)
+        slope = self.weight * (var + self.eps).rsqrt()
+        offset = self.bias - mean * slope
+        out = affine(y, slope, offset, decision.index)
+        other = self.shared.owed.pop(self.layer, None)
+        if other is None or decision.other is None:
+            return out
+        changed = affine(other, slope, offset, decision.other)
+        return mix(out, changed, decision.gate, attached=self.shared.interpolate)
+
+    def _batch(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of every choice ``[K, C]`` and move the running ones."""
+        count, axes = len(self.weight), tuple(range(2, y.dim()))
+        places = math.prod(y.shape[2:])
+        value = y.float()
+        first = value.sum(axes) if axes else value
+        second = value.square().sum(axes) if axes else value.square()
+        hot = F.one_hot(index, count).to(value.dtype).transpose(0, 1)[:, :, None]
+        size = hot.sum(1)
+        total = (size + PRIOR) * places
+        mean0, var0 = self.running_mean, self.running_var
+        mean = ((hot * first).sum(1) + PRIOR * places * mean0) / total
+        square = ((hot * second).sum(1) + PRIOR * places * (var0 + mean0.square())) / total
+        var = (square - mean.square()).clamp_min(0)
+        with torch.no_grad():
+            share = self.momentum * (size * count / len(y)).clamp_max(1.0)
+            self.running_mean.copy_(mean0 + share * (mean.detach() - mean0))
+            self.running_var.copy_(var0 + share * (var.detach() - var0))
+        return mean, var
+
+    def plain(self, choice: int) -> BatchNorm:
+        """Return the BatchNorm of one choice."""
+        norm = self.kind(self.weight.shape[1], eps=self.eps, momentum=self.momentum).to(self.weight.device)
+        with torch.no_grad():
+            for own, table in ((norm.weight, self.weight), (norm.bias, self.bias)):
+                own.copy_(table[choice])
+            cast(Tensor, norm.running_mean).copy_(self.running_mean[choice])
+            cast(Tensor, norm.running_var).copy_(self.running_var[choice])
+        return norm.eval()
+
+
+def mix(y: Tensor, other: Tensor, gate: Tensor | None, *, attached: bool) -> Tensor:
+    """Return ``y`` with the neighbour's share; detached, the difference of the two is what the gate's gradient is taken against."""
+    assert gate is not None
+    difference = other - y if attached else (other - y).detach()
+    return y + spread(gate, y).to(y.dtype) * difference
+
+
+def affine(y: Tensor, slope: Tensor, offset: Tensor, index: Tensor) -> Tensor:
+    """Scale and shift each sample by its choice's row of the tables ``[K, C]``."""
+    shape = (len(y), -1, *[1] * (y.dim() - 2))
+    return y * pick(slope, index).view(shape) + pick(offset, index).view(shape)
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value a sample ``[N]`` as ``[N, 1, …]``."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _step(scale: Tensor, bits: Tensor) -> Tensor:
+    """Return the step sizes of some widths as the quantizers use them."""
+    return pick(scale, (bits - 1).clamp(0, len(scale) - 1)).abs().clamp_min(TINY)
+
+
+# ---- the grouped convolution: one operator, so that a compiled step keeps its shapes whatever the widths are
+
+
+def _geometry(name: str, op: Op) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Return what aten's convolution wants to know of a layer; nothing of it matters to a linear one."""
+    if op.kind == "linear":
+        return [1], [0], [1], False, [0], 1
+    padding = op.padding
+    if op.padding_mode != "zeros":
+        padding = (0,) * op.dims
+    if isinstance(padding, str):
+        both = op.padding_both or (0,) * (2 * op.dims)
+        if padding == "same" and any(both[2 * d] != both[2 * d + 1] for d in range(op.dims)):
+            raise SiteError(
+                f"layer '{name}' pads unevenly (padding='same' of an even kernel), which adaptive layers cannot; name it in skip="
+            )
+        padding = tuple(both[2 * d] for d in range(op.dims))[::-1] if padding == "same" else (0,) * op.dims
+    extra = list(op.output_padding) or [0] * op.dims
+    return list(op.stride), list(padding), list(op.dilation), op.kind == "transposed", extra, op.groups
+
+
+def _groups(index: Tensor, count: int) -> list[tuple[int, Tensor]]:
+    """Return each width that some sample has, with the positions of its samples."""
+    sizes: list[int] = torch.bincount(index, minlength=count).tolist()
+    parts = torch.split(index.argsort(stable=True), sizes)
+    return [(k, part) for k, part in enumerate(parts) if len(part)]
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Return some samples in the memory order of all of them; whole rows are copied."""
+    if _order(x) == torch.channels_last:
+        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)
+
+
+def _put(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    if _order(target) == torch.channels_last:
+        target.permute(0, 2, 3, 1).index_copy_(0, rows, values.permute(0, 2, 3, 1))
+    else:
+        target.index_copy_(0, rows, values)
+
+
+@torch.library.custom_op("bitwright::grouped_convolution", mutates_args=())
+def grouped_convolution(
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """Convolve sample n with ``weights[index[n]]``; samples of one weight run together, each once.
+
+    >>> x, w = torch.ones(2, 1, 3), torch.tensor([[[[1.0]]], [[[2.0]]]])
+    >>> grouped_convolution(x, w, torch.tensor([1, 0]), [1], [0], [1], False, [0], 1)[:, 0, 0]
+    tensor([2., 1.])
+    """
+    rest = (stride, padding, dilation, transposed, output_padding, groups)
+    y = x.new_empty(0)
+    for k, rows in _groups(index, len(weights)):
+        whole = len(rows) == len(x)
+        part = torch.ops.aten.convolution(x if whole else _take(x, rows), weights[k], None, *rest)
+        if whole:
+            return cast(Tensor, part.contiguous(memory_format=_order(x)))
+        if not y.numel():
+            y = torch.empty((len(x), *part.shape[1:]), dtype=x.dtype, device=x.device, memory_format=_order(x))
+        _put(y, rows, part)
+    return y
+
+
+@grouped_convolution.register_fake
+def _(x: Tensor, weights: Tensor, index: Tensor, *rest: Any) -> Tensor:
+    y = torch.ops.aten.convolution(x, weights[0], None, *rest)
+    return torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=_order(x))
+
+
+@torch.library.custom_op("bitwright::grouped_convolution_backward", mutates_args=())
+def grouped_convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of input and weights."""
+    rest = (stride, padding, dilation, transposed, output_padding, groups)
+    grad = grad.contiguous(memory_format=_order(x))
+    by_input = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_order(x))
+    by_weight = torch.zeros(weights.shape, dtype=weights.dtype, device=x.device)
+    for k, rows in _groups(index, len(weights)):
+        parts = (grad, x) if len(rows) == len(x) else (_take(grad, rows), _take(x, rows))
+        one, other, _ = torch.ops.aten.convolution_backward(*parts, weights[k], None, *rest, [True, True, False])
+        _put(by_input, rows, one)
+        by_weight[k] = other
+    return by_input, by_weight
+
+
+@grouped_convolution_backward.register_fake
+def _(grad: Tensor, x: Tensor, weights: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    by_input = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_order(x))
+    return by_input, torch.empty(weights.shape, dtype=weights.dtype, device=x.device)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by_input, by_weight = grouped_convolution_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return by_input, by_weight, None, None, None, None, None, None, None
+
+
+grouped_convolution.register_autograd(_backward, setup_context=_keep)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """Apply ``weights[index[n]]`` to sample n of ``[N, …, in]``: a convolution of width one over the places between."""
+    places = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2).contiguous()
+    y: Tensor = grouped_convolution(places, weights.unsqueeze(-1), index, [1], [0], [1], False, [0], 1)
+    return y.transpose(1, 2).reshape(*x.shape[:-1], weights.shape[1])

@@ -1,0 +1,140 @@
+"""What an adaptive network promises to cost on average, how the promise is made to fit a budget, and whether it is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.adaptive.network import AdaptiveNet
+from bitwright.data.quality import MixedSplit
+from bitwright.data.splits import Split
+from bitwright.quant.modules import evaluating
+
+Z = 1.959963984540054
+BATCH = 250
+BISECTIONS = 30
+ROUNDS = 3
+LARGEST = 1e4
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The mean cost of an input over the budget, on images that set nothing.
+
+    Attributes:
+        mean: mean share of the budget.
+        interval: its 95 % interval over images (normal).
+        limit: the budget, in bit operations.
+        n: images.
+        agreement: share of decisions that are their site's most frequent one.
+        met: the mean is within the budget.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    limit: int
+    n: int
+    agreement: float
+    met: bool
+
+    @classmethod
+    def of(cls, shares: Tensor, index: Tensor, limit: int) -> Promise:
+        """Take it from each image's share of the budget ``[N]`` and its decisions ``[S, N]``."""
+        mean, n = float(shares.double().mean()), len(shares)
+        half = Z * float(shares.double().std(correction=1 if n > 1 else 0)) / math.sqrt(n)
+        agreement = float((index == index.mode(1, keepdim=True).values).double().mean())
+        return cls(mean, (mean - half, mean + half), limit, n, agreement, mean <= 1 + 1e-9)
+
+    @property
+    def text(self) -> str:
+        """The promise in a sentence's part."""
+        low, high = self.interval
+        return f"{100 * self.mean:.2f} % of the budget on {self.n} held-out images (95 %: {100 * low:.2f} to {100 * high:.2f})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {**asdict(self), "interval": list(self.interval), "bitops": self.mean * self.limit}
+
+
+def batches(split: Split, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield images, labels and true severities (where the split knows them), in order, in the evaluation view."""
+    for start in range(0, len(split), size):
+        index = torch.arange(start, min(start + size, len(split)))
+        if isinstance(split, MixedSplit):
+            x, y, quality = split.labelled(index)
+            yield x, y, quality.severity
+        else:
+            x, y = split.batch(index)
+            yield x, y, None
+
+
+def decisions(net: AdaptiveNet, split: Split, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return each image's share of the budget ``[N]`` and its decisions ``[S, N]``, on the CPU."""
+    device = next(net.parameters()).device
+    shares, taken = [], []
+    with torch.no_grad(), evaluating(net), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for x, _, severity in batches(split):
+            net(x.to(device), condition=None if severity is None else severity.to(device))
+            shares.append(net.spent().cpu())
+            taken.append(net.taken().cpu())
+    return torch.cat(shares), torch.cat(taken, 1)
+
+
+def check(net: AdaptiveNet, split: Split, *, seed: int = 0) -> Promise:
+    """Return what an input costs on average on a split."""
+    shares, index = decisions(net, split, seed=seed)
+    return Promise.of(shares, index, net.space.limit)
+
+
+def settle_price(net: AdaptiveNet, split: Split, *, margin: float = Z) -> float:
+    """Set the actor's price so that the mean cost on a split plus ``margin`` standard errors is the budget's; return it.
+
+    The price is subtracted from every choice in proportion to its cost, as a Lagrange multiplier would be. It is found by bisection
+    on what the actor said in one pass, and found again a few times: a site's decision changes what the sites after it read.
+    """
+    best = math.inf
+    for _ in range(ROUNDS):
+        price, excess = _heard_price(net, split, margin)
+        if excess <= 0:
+            best = min(best, float(net.actor.price))
+        net.actor.price.fill_(price)
+    step = 0.02
+    while _excess(decisions(net, split)[0], margin) > 0 and step < LARGEST:
+        net.actor.price += step
+        step *= 2
+        if best < float(net.actor.price):
+            net.actor.price.fill_(best)
+            break
+    return float(net.actor.price)
+
+
+def _heard_price(net: AdaptiveNet, split: Split, margin: float) -> tuple[float, float]:
+    """Return the price at which what the actor now says would keep the budget, and by how much the present one does not."""
+    with net.hearing() as heard:
+        shares, _ = decisions(net, split)
+    sites = len(net.space.names)
+    scores = torch.stack([torch.cat(heard[site::sites]) for site in range(sites)])
+    low, high = -1.0, 1.0
+    while _excess(net.shares_at(low, scores), margin) < 0 and low > -LARGEST:
+        low *= 4
+    while _excess(net.shares_at(high, scores), margin) > 0 and high < LARGEST:
+        high *= 4
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _excess(net.shares_at(middle, scores), margin) > 0 else (low, middle)
+    return high, _excess(shares, margin)
+
+
+def _excess(shares: Tensor, margin: float) -> float:
+    """Return by how much of the budget the mean share, and some standard errors, are over it."""
+    error = float(shares.double().std()) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+    return float(shares.double().mean()) + margin * error - 1
+
+
+__all__ = ["Promise", "batches", "check", "decisions", "settle_price"]

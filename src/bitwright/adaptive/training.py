@@ -1,0 +1,425 @@
+r"""Joint training of an adaptive network and its actor: the hybrid objective, its controls, and the promise that the budget is kept.
+
+.. math:: \min_{\theta,\phi} \mathrm E_{x,a\sim\pi_\phi}\,[\,\mathrm{CE}(f_\theta(x;a), y) + \lambda\,(C(a)/B - 1)\,]
+
+The quantized network is the known model of what a decision leads to, so the gradient in :math:`\phi` is taken through it (pathwise);
+the weights :math:`\theta` learn from the same loss. Published (Wang et al., 2023): a hybrid of model-based policy optimisation and
+supervised quantization training with an objective of task and benefit. Reconstructed: its form, all schedules and all numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitwright import runs
+from bitwright.adaptive.actor import ActorOptions, Kind, Relaxation
+from bitwright.adaptive.network import AdaptiveNet
+from bitwright.adaptive.promise import Promise, check, settle_price
+from bitwright.adaptive.relaxations import Draw
+from bitwright.data.quality import MixedSplit
+from bitwright.data.splits import Split
+from bitwright.errors import RunError, TrainingError
+from bitwright.training.finetune import (
+    FinetuneOptions,
+    History,
+    Log,
+    build_optimizer,
+    first_bad_layer,
+    learning_rate,
+    mix,
+    set_memory_order,
+    steps_in,
+)
+
+CHECKPOINT = "checkpoint/adaptive.safetensors"
+NOISE_FALLS = 0.3
+"""Share of training, before its final part, in which the actor's noise falls from 1 to 0."""
+PULL = 1.0
+"""How much of the present excess over the budget is added to its integral in λ."""
+UNUSED = ("ema", "bins", "mixup")
+"""Options of fine-tuning that an adaptive training does not know; they must be 0."""
+ALIKE = 0.99
+"""An actor whose decisions agree this much across samples decides the same for all."""
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions:
+    """How an actor is trained beside the weights; those of the weights are `FinetuneOptions`'.
+
+    Attributes:
+        actor: what decides: ``layerwise``, ``controller``, ``static``, ``random`` or ``severity``; see `ActorOptions`.
+        relaxation: ``concrete`` or ``gaussian``.
+        estimator: ``pathwise``, through the network; or ``reinforce``, from losses alone (Williams, 1992), with a running mean as baseline.
+        quality: features of the actor's image embedding.
+        project: features of its layer statistics.
+        hidden: units of its hidden layers.
+        looks: values of a layer's input that it looks at.
+        actor_lr: learning rate of the actor (Adam), along a cosine.
+        warmup: share of training with widths drawn evenly, so that the weights learn to live with all of them.
+        final: share of training at the end with the lowest temperature, no noise and a fixed λ.
+        hot: temperature of the relaxation at the start.
+        cold: temperature at the end; it falls exponentially in between.
+        interpolate: share of training in which the ``gaussian`` relaxation mixes the outputs of two widths.
+        baseline: decay of the running mean that ``reinforce`` compares losses with.
+        patience: how fast λ reacts: 1 lets a tenth over budget, kept for all of training, raise λ by 1.
+        calibration: training images that step sizes, statistics and the actor's price are taken from.
+    """
+
+    actor: Kind = "layerwise"
+    relaxation: Relaxation = "concrete"
+    estimator: Literal["pathwise", "reinforce"] = "pathwise"
+    quality: int = 16
+    project: int = 16
+    hidden: int = 16
+    looks: int = 1024
+    actor_lr: float = 0.01
+    warmup: float = 0.1
+    final: float = 0.2
+    hot: float = 5.0
+    cold: float = 0.5
+    interpolate: float = 0.5
+    baseline: float = 0.95
+    patience: float = 1.0
+    calibration: int = 512
+
+    def __post_init__(self) -> None:
+        self.actor_options()
+        if self.estimator not in ("pathwise", "reinforce"):
+            raise TrainingError(f"adaptive option estimator='{self.estimator}' is unknown; use pathwise or reinforce")
+        shares = (self.warmup, self.final, self.interpolate, self.baseline)
+        if not all(0 <= share < 1 for share in shares) or self.warmup + self.final >= 1:
+            raise TrainingError("adaptive options warmup, final, interpolate and baseline must be in [0, 1), and warmup + final below 1")
+        if min(self.hot, self.cold, self.patience, self.actor_lr) <= 0 or self.calibration < 2:
+            raise TrainingError("adaptive options hot, cold, patience and actor_lr must be above 0, and calibration at least 2")
+
+    def actor_options(self) -> ActorOptions:
+        """Return what the actor is built from."""
+        return ActorOptions(self.actor, self.relaxation, self.quality, self.project, self.hidden, self.looks)
+
+    def temperature(self, share: float) -> float:
+        """Return the temperature at a share of training.
+
+        >>> [round(AdaptiveOptions().temperature(share), 2) for share in (0.0, 0.45, 0.9)]
+        [5.0, 1.37, 0.5]
+        """
+        joint = (share - self.warmup) / max(1e-9, 1 - self.final - self.warmup)
+        return self.hot * math.exp(math.log(self.cold / self.hot) * min(1.0, max(0.0, joint)))
+
+    def noise(self, share: float) -> float:
+        """Return the factor on the noise at a share of training: at the end the network trains on what it will deploy.
+
+        >>> [round(AdaptiveOptions().noise(share), 2) for share in (0.2, 0.65, 0.9)]
+        [1.0, 0.5, 0.0]
+        """
+        if self.estimator == "reinforce" or self.actor == "random":
+            return 1.0
+        return min(1.0, max(0.0, (1 - self.final - share) / NOISE_FALLS))
+
+
+@dataclass
+class _Progress:
+    """Where a training stands; with the network and the optimizers it is all the state there is."""
+
+    step: int = 0
+    integral: float = 0.0
+    strength: float = 0.0
+    mean_cost: float = 1.0
+    baseline: float = math.nan
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AdaptiveHistory(History):
+    """What a joint training did: rows of epochs as in fine-tuning, what it promises to cost, and its alarms."""
+
+    promise: Promise
+    alarms: tuple[str, ...]
+
+
+def train_adaptive(
+    net: AdaptiveNet,
+    data: Split,
+    held_out: Split,
+    options: AdaptiveOptions,
+    training: FinetuneOptions,
+    *,
+    out: Path | None = None,
+    log: Log | None = None,
+    seed: int = 0,
+) -> AdaptiveHistory:
+    """Train weights and actor together, in place, and set the actor's price so that the mean cost keeps the budget.
+
+    Args:
+        net: what `adapt` made.
+        data: training images of the stated mix.
+        held_out: other images of that mix, on which the promise is checked; they choose nothing.
+        options: how the actor is trained.
+        training: how the weights are trained; ``ema``, ``bins`` and ``mixup`` must be 0, and weight decay does not depend on widths.
+        out: directory for checkpoints; a checkpoint found there is resumed, bit for bit on a CPU.
+        log: called with each epoch's row.
+        seed: of order, augmentation and draws.
+
+    Raises:
+        TrainingError: an option that has no meaning here, or a loss that is not a number.
+        RunError: the checkpoint in ``out`` belongs to another network or cannot be read.
+    """
+    for name in UNUSED:
+        if getattr(training, name):
+            raise TrainingError(f"adaptive training knows no {name}; set finetune.{name}=0")
+    trainer = _Trainer(net, data, options, training, seed, out)
+    with torch.random.fork_rng(devices=[]):
+        trainer.run(log)
+        settle_price(net, data.take(max(2, options.calibration)))
+        promise = check(net, held_out, seed=seed)
+    set_memory_order(net.eval(), channels_last=False)
+    progress = trainer.progress
+    alarms = list(dict.fromkeys([*progress.alarms, *alarms_of(net, promise)]))
+    return AdaptiveHistory(tuple(progress.rows), progress.step, progress.seconds, promise, tuple(alarms))
+
+
+def alarms_of(net: AdaptiveNet, promise: Promise) -> list[str]:
+    """Return what is wrong with a trained actor, in sentences."""
+    found = []
+    if net.actor.reads and promise.agreement > ALIKE:
+        share = f"{100 * promise.agreement:.1f} % of its decisions are the same for every sample"
+        found.append(f"degenerate actor: {share}; train longer, raise adaptive.actor_lr, or choose widths further apart")
+    if not promise.met:
+        found.append(f"the budget is not kept: {promise.text}; give a larger budget, or narrower widths to choose from")
+    return found
+
+
+class _Trainer:
+    """One training at work."""
+
+    def __init__(self, net: AdaptiveNet, data: Split, options: AdaptiveOptions, training: FinetuneOptions, seed: int, out: Path | None):
+        self.net, self.data, self.options, self.training, self.seed, self.out = net, data, options, training, seed, out
+        set_memory_order(net.train(), channels_last=training.channels_last)
+        self.device = next(net.parameters()).device
+        actor = [parameter for parameter in net.actor.parameters() if parameter.requires_grad]
+        plain = FinetuneOptions(**{**asdict(training), "low_bit_decay": False})
+        self.optimizer = build_optimizer(net, plain, without=list(net.actor.parameters()))
+        self.actor_optimizer = torch.optim.Adam(actor, lr=options.actor_lr, betas=(0.9, 0.99)) if actor else None
+        self.epoch_steps, self.steps = steps_in(data, training)
+        self.progress = self._resume()
+        self.losses: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+    def run(self, log: Log | None) -> None:
+        """Run the steps that are left."""
+        progress, started, saved = self.progress, time.monotonic() - self.progress.seconds, time.monotonic()
+        if self.options.actor == "random":
+            settle_price(self.net, self.data.take(self.options.calibration), margin=0.0)
+            self.net.train()
+        while progress.step < self.steps:
+            self._step()
+            progress.step += 1
+            if progress.step % self.epoch_steps == 0 or progress.step == self.steps:
+                self._end_epoch(time.monotonic() - started, log)
+            last = progress.step == self.steps
+            if self.out is not None and (last or time.monotonic() - saved >= self.training.checkpoint_seconds):
+                progress.seconds = time.monotonic() - started
+                self._save()
+                saved = time.monotonic()
+        progress.seconds = max(progress.seconds, time.monotonic() - started)
+
+    def _step(self) -> None:
+        progress, options, net = self.progress, self.options, self.net
+        share = progress.step / self.steps
+        warm = share < options.warmup
+        x, y, condition = self._batch()
+        net.mode = "forced" if warm else "drawn" if options.estimator == "reinforce" or options.actor == "random" else "pathwise"
+        net.interpolate = net.mode == "pathwise" and options.relaxation == "gaussian" and share < options.interpolate
+        draw = self._draw(len(x), share)
+        forced = (draw.uniform * len(net.space.choices)).long() if warm else None
+        self._rates()
+        losses, cost = self._loss_of()(x, y, draw, forced, condition)
+        task, spent = losses.mean(), cost.mean()
+        objective = task if warm else task + progress.strength * (spent - 1)
+        if not warm and net.mode == "drawn" and self.actor_optimizer is not None:
+            objective = task + self._score_function(losses.detach() + progress.strength * cost.detach())
+        self._take(objective, x, draw, forced, condition)
+        self._control(float(spent.detach()), warm=warm, fixed=share >= 1 - options.final)
+        for name, value in (("loss", float(task.detach())), ("spent", float(spent.detach()))):
+            progress.sums[name] = progress.sums.get(name, 0.0) + value
+
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the augmented batch of a step and the severities; they depend on the seed and the step alone."""
+        step, size = self.progress.step, self.training.batch_size
+        epoch, place = divmod(step, self.epoch_steps)
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(mix(self.seed, epoch, 1)))
+        generator = torch.Generator().manual_seed(mix(self.seed, step, 2))
+        torch.manual_seed(mix(self.seed, step, 3))
+        index, condition = order[place * size : (place + 1) * size], None
+        if isinstance(self.data, MixedSplit):
+            x, y, quality = self.data.labelled(index, generator)
+            condition = quality.severity.to(self.device)
+        else:
+            x, y = self.data.batch(index, generator)
+        if self.training.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x.to(self.device), y.to(self.device), condition
+
+    def _draw(self, samples: int, share: float) -> Draw:
+        generator = torch.Generator().manual_seed(mix(self.seed, self.progress.step, 4))
+        shape = (len(self.net.space.names), samples, len(self.net.space.choices))
+        return Draw.of(shape, generator, self.options.temperature(share), self.options.noise(share)).to(self.device)
+
+    def _rates(self) -> None:
+        lr = learning_rate(self.training, self.progress.step, self.steps, self.epoch_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        if self.actor_optimizer is not None:
+            joint = (self.progress.step / self.steps - self.options.warmup) / (1 - self.options.warmup)
+            for group in self.actor_optimizer.param_groups:
+                group["lr"] = self.options.actor_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, joint))))
+
+    def _loss_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Return the loss and the cost of every sample, compiled once for each way of running where it is asked for."""
+        key = f"{self.net.mode} {self.net.interpolate}"
+        if key not in self.losses:
+            loss = _sample_losses(self.net, self.training)
+            self.losses[key] = torch.compile(loss, dynamic=False) if self.training.compile else loss
+        return self.losses[key]
+
+    def _score_function(self, losses: Tensor) -> Tensor:
+        """Return what has the gradient of REINFORCE: the losses above their running mean, times the log-probability."""
+        progress, mean = self.progress, float(losses.mean())
+        if math.isnan(progress.baseline):
+            progress.baseline = mean
+        surrogate = ((losses - progress.baseline) * self.net.log_probability()).mean()
+        progress.baseline += (1 - self.options.baseline) * (mean - progress.baseline)
+        return surrogate
+
+    def _take(self, objective: Tensor, x: Tensor, draw: Draw, forced: Tensor | None, condition: Tensor | None) -> None:
+        value = float(objective.detach())
+        if not math.isfinite(value):
+            where = first_bad_layer(_Bound(self.net, draw, forced, condition), x)
+            kept = f"; the last good checkpoint is {self.out / CHECKPOINT}" if self.out and (self.out / CHECKPOINT).exists() else ""
+            at = f"the loss is {value} at step {self.progress.step}, first seen in {where}"
+            raise TrainingError(f"{at}; lower finetune.lr or check the data{kept}")
+        objective.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.actor_optimizer is not None:
+            if forced is None:
+                self.actor_optimizer.step()
+            self.actor_optimizer.zero_grad(set_to_none=True)
+
+    def _control(self, spent: float, *, warm: bool, fixed: bool) -> None:
+        """Move λ, the price of the budget, by what is spent over it; in the final part only the actor's price follows, slowly."""
+        progress = self.progress
+        progress.mean_cost += 0.1 * (spent - progress.mean_cost)
+        if warm or not self.actor_optimizer:
+            return
+        if fixed:
+            if progress.step % max(1, self.steps // 200) == 0:
+                self.net.actor.price += 0.2 * (progress.mean_cost - 1)
+            return
+        excess = progress.mean_cost - 1
+        progress.integral = max(0.0, progress.integral + 10 * self.options.patience * excess / self.steps)
+        progress.strength = max(0.0, progress.integral + PULL * excess)
+
+    def _end_epoch(self, seconds: float, log: Log | None) -> None:
+        progress = self.progress
+        done = (progress.step - 1) % self.epoch_steps + 1
+        means = {name: total / done for name, total in progress.sums.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        epoch = (progress.step - 1) // self.epoch_steps + 1
+        row = {"epoch": epoch, "step": progress.step, **means, "lr": lr, "strength": progress.strength, "seconds": seconds}
+        row["temperature"] = self.options.temperature(progress.step / self.steps)
+        alike = self._agreement()
+        row["agreement"] = alike
+        if self.net.actor.reads and alike > ALIKE and progress.step / self.steps > 0.5:
+            progress.alarms.append(f"degenerate actor: at epoch {epoch} it decided the same for all samples")
+        progress.rows.append(row)
+        progress.sums = {}
+        if log is not None:
+            log(row)
+        self.net.train()
+
+    def _agreement(self) -> float:
+        """Return which share of decisions on some training images is each site's most frequent one."""
+        images, severities = labelled(self.data.take(min(len(self.data), 128)))
+        self.net.eval()
+        with torch.no_grad():
+            self.net(images.to(self.device), condition=severities)
+        taken = self.net.taken()
+        self.net.train()
+        return float((taken == taken.mode(1, keepdim=True).values).float().mean())
+
+    def _identity(self) -> dict[str, Any]:
+        kept = {k: v for k, v in asdict(self.training).items() if k not in ("checkpoint_seconds", "compile")}
+        return {"training": kept, "adaptive": asdict(self.options), "seed": self.seed, "choices": list(map(list, self.net.space.choices))}
+
+    def _save(self) -> None:
+        assert self.out is not None
+        tree: dict[str, Any] = {"model": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
+        tree["actor"] = None if self.actor_optimizer is None else self.actor_optimizer.state_dict()
+        runs.save_tree(self.out / CHECKPOINT, {**tree, "progress": asdict(self.progress), "identity": self._identity()})
+
+    def _resume(self) -> _Progress:
+        """Load the checkpoint in ``out``, if there is one."""
+        if self.out is None or not (self.out / CHECKPOINT).exists():
+            return _Progress()
+        tree, identity = runs.load_tree(self.out / CHECKPOINT), self._identity()
+        if tree["identity"] != identity:
+            differs = runs.difference("options", tree["identity"], identity)
+            raise RunError(f"{self.out / CHECKPOINT} was made with other options ({differs}); use another --out, or the old ones")
+        try:
+            self.net.load_state_dict(tree["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(f"{self.out / CHECKPOINT} belongs to another network ({reason}); use another --out") from None
+        self.optimizer.load_state_dict(tree["optimizer"])
+        if self.actor_optimizer is not None:
+            self.actor_optimizer.load_state_dict(tree["actor"])
+        return _Progress(**tree["progress"])
+
+
+class _Bound(torch.nn.Module):
+    """A network with the draws of one step, for whoever only has images."""
+
+    def __init__(self, net: AdaptiveNet, draw: Draw, forced: Tensor | None, condition: Tensor | None):
+        super().__init__()
+        self.net, self.draw, self.forced, self.condition = net, draw, forced, condition
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.net(x, draw=self.draw, forced=self.forced, condition=self.condition)
+        return logits
+
+
+def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a function of a batch and its draws that gives each sample's loss and share of the budget."""
+    half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
+
+    def losses(x: Tensor, y: Tensor, draw: Draw, forced: Tensor | None, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(kind, torch.bfloat16, enabled=half):
+            logits = net(x, draw=None if forced is not None else draw, forced=forced, condition=condition).float()
+        task = F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
+        return task, net.spent()
+
+    return losses
+
+
+def labelled(split: Split) -> tuple[Tensor, Tensor | None]:
+    """Return a whole split's images in the evaluation view, and their true severities where it knows them."""
+    index = torch.arange(len(split))
+    if isinstance(split, MixedSplit):
+        x, _, quality = split.labelled(index)
+        return x, quality.severity.to(x.device)
+    return split.batch(index)[0], None
+
+
+__all__ = ["AdaptiveHistory", "AdaptiveOptions", "alarms_of", "train_adaptive"]
