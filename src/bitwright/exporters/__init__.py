@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitwright.errors import ExportError, nearest
 from bitwright.policy import Policy
+from bitwright.runs import write_text_atomic
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Reference = tuple[str, Mapping[str, Any]]
@@ -38,7 +40,7 @@ class Artefact:
     """A file that was read back and gave the network's own outputs, bit for bit unless ``largest_difference`` says more.
 
     ``parts`` are the bytes of what is in it; ``levels`` the distinct weight values in a scale group of each quantized
-    layer, counted from what was read back.
+    layer, counted from what was read back; ``parity`` what the comparison found, which is also in ``<file>.parity.json``.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Artefact:
     parts: Mapping[str, int]
     levels: Mapping[str, int]
     largest_difference: float = 0.0
+    parity: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """Return JSON-able values; the path as its last part."""
@@ -66,10 +69,74 @@ class Check:
 
     levels: Mapping[str, int]
     largest_difference: float = 0.0
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """A tensor of an artefact: how it is stored, and its distinct values (in a scale group) beside what its width allows."""
+
+    name: str
+    kind: str
+    bits: int
+    stored: str
+    levels: int | None
+    allowed: int | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What an artefact showed from the outside.
+
+    Attributes:
+        path: the file.
+        to: its format.
+        policy: the policy in it.
+        tensors: what was counted.
+        samples: inputs that it was run on; 0 where nothing here can run it.
+        answer: how far its output on them is from the one that was kept, as a share of the largest; None where none was kept.
+        allowed: how far it may be.
+    """
+
+    path: Path
+    to: str
+    policy: Policy
+    tensors: tuple[TensorCheck, ...]
+    samples: int
+    answer: float | None = None
+    allowed: float = 0.0
+
+    @property
+    def levels(self) -> dict[str, int]:
+        """The distinct weights of each layer."""
+        return {row.name: row.levels for row in self.tensors if row.kind == "weight" and row.levels is not None}
+
+    def checked(self) -> Verification:
+        """Return the same; raises `ExportError` if a tensor has more levels than its width, or the answer is another."""
+        for row in self.tensors:
+            if row.levels is not None and row.allowed is not None and row.levels > row.allowed:
+                found = f"the {row.kind} '{row.name}' has {row.levels} distinct values and {row.bits} bits allow {row.allowed}"
+                raise ExportError(f"{self.path.name}: does not keep its policy: {found}; export it again")
+        if self.answer is not None and not self.answer <= self.allowed:
+            found = f"differs by {100 * self.answer:.3g} % of the largest output from the network's own answer in it"
+            raise ExportError(f"{self.path.name}: its output on the sample {found} ({100 * self.allowed:.3g} % allowed); export it again")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        tensors = [vars(row) for row in self.tensors]
+        policy = {site: list(bits) for site, bits in self.policy.items()}
+        facts = {"file": str(self.path), "to": self.to, "policy": policy, "tensors": tensors}
+        return {**facts, "samples": self.samples, "answer_difference": self.answer}
 
 
 class Exporter(ABC):
-    """One format. Subclasses are frozen dataclasses of options, one in a file whose name is the format's."""
+    """One format. Subclasses are frozen dataclasses of options, one in a file whose name is the format's.
+
+    ``suffixes`` are the endings of its files; the first is what `export` gives a file that is not named.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
@@ -78,6 +145,21 @@ class Exporter(ABC):
     @abstractmethod
     def check(self, source: Source, path: Path) -> Check:
         """Read the file back and raise `ExportError` unless it reproduces ``source.model`` on ``source.example``."""
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Return whether a file is of this format; by default by its ending."""
+        return path.suffix in cls.suffixes
+
+    @classmethod
+    def verify(cls, path: Path, model: nn.Module | None = None) -> Verification:
+        """Read a file, compare it with the policy in it, and run it; raises `ExportError` with the reason for a damaged one.
+
+        Args:
+            path: the artefact.
+            model: the float network, for formats that hold weights only and name no architecture that can be built.
+        """
+        raise ExportError(f"verify: files of {cls.__module__.rpartition('.')[2]} cannot be verified yet")
 
 
 def available() -> tuple[str, ...]:
@@ -98,6 +180,22 @@ def get(name: str) -> type[Exporter]:
         if isinstance(value, type) and issubclass(value, Exporter) and value.__module__ == module.__name__:
             return value
     raise ExportError(f"export: {module.__name__} defines no Exporter")
+
+
+def verify(path: str | Path, *, to: str | None = None, model: nn.Module | None = None) -> Verification:
+    """Verify an artefact of any format: read it, count the levels of its tensors, compare with the policy, run it on samples.
+
+    Raises:
+        ExportError: it is damaged, tampered with, or does not keep its policy; the message says which.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ExportError(f"{path}: no such file; give an artefact that `bitwright export` wrote")
+    known = available() if to is None else (to,)
+    for name in known:
+        if to is not None or get(name).recognises(path):
+            return get(name).verify(path, model)
+    raise ExportError(f"{path}: of no format that bitwright writes ({', '.join(known)}), or cut off; name its format with --to")
 
 
 def export(
@@ -138,11 +236,20 @@ def export(
         parts = exporter.write(source, partial)
         found = exporter.check(source, partial)
         partial.replace(path)
+        _write_parity(path, to, found)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written ({error.strerror or error}); free space or give another path") from error
     finally:
         partial.unlink(missing_ok=True)
-    return Artefact(path, to, path.stat().st_size, parts, found.levels, found.largest_difference)
+    return Artefact(path, to, path.stat().st_size, parts, found.levels, found.largest_difference, found.parity)
+
+
+def _write_parity(path: Path, to: str, found: Check) -> None:
+    """Write what the comparison found beside the file; nothing where all is equal by construction."""
+    if not found.parity:
+        return
+    facts = {"file": path.name, "to": to, "largest_difference": found.largest_difference, "levels": dict(found.levels), **found.parity}
+    write_text_atomic(path.with_name(f"{path.name}.parity.json"), json.dumps(facts, indent=1) + "\n")
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

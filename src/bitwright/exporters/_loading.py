@@ -13,8 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bitwright import models
 from bitwright.errors import BitwrightError, ExportError
+from bitwright.exporters import TensorCheck, Verification, outputs
 from bitwright.exporters._container import from_bytes, from_raw, unpack_bits
 from bitwright.exporters._format import VECTORS, Content, Kept, Record, Slot, is_vector_norm, kept_tensors
+from bitwright.exporters._sample import EXTENT, SAMPLES, sample_of
 from bitwright.policy import Policy
 from bitwright.quant.functional import SIGNED_MAX
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, replace_module
@@ -55,6 +57,31 @@ def read_policy(path: str | Path) -> Policy:
         return _read(Path(path))[0].policy
     except ExportError as error:
         raise ExportError(f"{path}: {error}") from None
+
+
+def verify(path: Path, model: nn.Module | None) -> Verification:
+    """Load a file and count what is in it; raises `ExportError` with the reason for a damaged one."""
+    network = load(path, model)
+    content = _read(path)[0]
+    rows = [_count(network, slot, record) for slot, record in zip(content.slots, content.records, strict=True)]
+    first = network.get_submodule(content.slots[0].name)
+    weight = first.get_parameter("weight")
+    channels = weight.shape[0] if getattr(first, "transposed", False) else weight.shape[1] * int(getattr(first, "groups", 1))
+    sample = torch.from_numpy(sample_of([SAMPLES, channels, *[EXTENT] * (weight.dim() - 2)], "float32"))
+    out = outputs(network, sample)
+    if not all(bool(torch.isfinite(x).all()) for x in out):
+        raise ExportError(f"{path}: its network gives outputs that are nan or infinite; export it again")
+    return Verification(path, "packed", content.policy, tuple(rows), SAMPLES).checked()
+
+
+def _count(network: nn.Module, slot: Slot, record: Record) -> TensorCheck:
+    layer = network.get_submodule(slot.name)
+    weight = layer.get_parameter("weight")
+    if record.bits.w > 8:
+        return TensorCheck(slot.name, "weight", record.bits.w, "bfloat16" if record.bits.w == 16 else "float32", None, None)
+    rows = weight.movedim(_operation(layer).channel_axis, 0).flatten(1) if record.scale == "c" else weight.reshape(1, -1)
+    levels = int((rows.sort(1).values.diff(dim=1) != 0).sum(1).max()) + 1
+    return TensorCheck(slot.name, "weight", record.bits.w, f"{record.bits.w}-bit codes", levels, 2**record.bits.w)
 
 
 def _read(path: Path) -> tuple[Content, dict[str, bytes]]:

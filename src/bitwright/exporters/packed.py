@@ -29,13 +29,16 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bitwright import models
 from bitwright.errors import ExportError
-from bitwright.exporters import Check, Exporter, Reference, Source, compare_outputs, outputs
+from bitwright.exporters import Check, Exporter, Reference, Source, Verification, compare_outputs, outputs
 from bitwright.exporters._container import DTYPES, header_room, pack_bits, raw, to_bytes
 from bitwright.exporters._format import VECTORS, BatchNormMode, Content, Kept, Record, Slot, kept_tensors, origin, vector_norms
 from bitwright.exporters._loading import load, read_policy
+from bitwright.exporters._loading import verify as verify_packed
 from bitwright.policy import Bits, Policy
+from bitwright.quant.folding import Folded
 from bitwright.quant.functional_calls import named_quant_calls
 from bitwright.quant.modules import QuantLayer, named_quant_layers
+from bitwright.quant.points import named_points
 from bitwright.quant.quantizers import (
     DoReFaActivation,
     DoReFaWeight,
@@ -73,7 +76,13 @@ class Packed(Exporter):
             weight/√(var+eps) and bias - mean·that, in the rounding of torch's own kernel.
     """
 
+    suffixes = (".safetensors",)
     batchnorm: BatchNormMode = "as-trained"
+
+    @classmethod
+    def verify(cls, path: Path, model: nn.Module | None = None) -> Verification:
+        """Load a file, count the levels of its weights and run it; raises `ExportError` with the reason for a damaged one."""
+        return verify_packed(path, model)
 
     def __post_init__(self) -> None:
         if self.batchnorm not in ("as-trained", "eval-vectors"):
@@ -88,6 +97,7 @@ class Packed(Exporter):
         if call is not None:
             ask = f"leave it float with trace(..., skip=['{call}'])"
             raise ExportError(f"export: a packed file cannot say the functional call '{call}'; {ask}")
+        _check_plain(source.model)
         policy = source.policy or Policy((name, layer.bits) for name, layer in layers.items())
         _check_policy(policy, layers)
         encoded = [_encode(name, layer) for name, layer in layers.items()]
@@ -110,6 +120,19 @@ class Packed(Exporter):
         if difference:
             raise ExportError(f"export: the file's network differs by {difference:.3g} on the example; nothing was written")
         return Check(_count_levels(source.model, loaded))
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse what a float architecture has no place for."""
+    point = next((name for name, _ in named_points(model)), None)
+    if point is not None:
+        raise ExportError(
+            f"export: a packed file cannot say '{point}' of a target; give --to onnx, or quantize without points"
+        )
+    folded = next((name for name, module in model.named_modules() if isinstance(module, Folded)), None)
+    if folded is not None:
+        found = f"the BatchNorm '{folded}' is folded (scales='power_of_two')"
+        raise ExportError(f"export: {found}, and a packed file keeps the float architecture; give --to onnx")
 
 
 def _encode(name: str, layer: QuantLayer) -> Encoded:

@@ -1,0 +1,127 @@
+"""Does a file compute what the network computes? Compared layer by layer, in steps of each grid, and at the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitwright.errors import ExportError
+from bitwright.exporters._emission import PointRecord
+from bitwright.exporters._graph import Program, kind_of
+from bitwright.quant.points import OnPoint
+from bitwright.quant.quantizers import LSQActivation, LSQWeight
+
+_EXACT = """mark conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear relu relu6 hardtanh clamp add cat getitem
+max_pool1d max_pool2d max_pool3d view reshape flatten unflatten permute transpose t squeeze unsqueeze slice select pad mean
+constant_pad_nd adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d chunk split"""
+EXACT = frozenset(_EXACT.split())
+"""Calls that compute sums of few-bit integers exactly, in whatever order."""
+Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor on a grid: its bits, how many values it has, how many differ, and by how many steps at most."""
+
+    name: str
+    bits: int
+    values: int
+    differing: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison found.
+
+    Attributes:
+        exact: whether equality bit for bit was asked for: all steps are powers of two, and every call sums integers.
+        alone: each tensor when the file is given the network's own tensors before it.
+        chained: each tensor when the file computes everything from the example.
+        outputs: the largest difference of the outputs, as a share of the largest output.
+        difference: the largest difference of the outputs itself.
+        agreement: the share of samples with the same largest output; 1 where outputs are no ``[n, classes]``.
+    """
+
+    exact: bool
+    alone: tuple[Row, ...]
+    chained: tuple[Row, ...]
+    outputs: float
+    difference: float
+    agreement: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON-able values."""
+        return {**asdict(self), "alone": [asdict(row) for row in self.alone], "chained": [asdict(row) for row in self.chained]}
+
+
+def is_exact(program: Program) -> bool:
+    """Return whether integers can give a program's outputs bit for bit."""
+    steps = []
+    for mark in program.marks:
+        quantizer = mark.quantizer
+        steps.append((isinstance(quantizer, (LSQActivation, LSQWeight)) and quantizer.power_of_two) or isinstance(quantizer, OnPoint))
+    kinds = {kind_of(node) for node in program.graph.nodes if isinstance(node.meta.get("val"), (Tensor, list, tuple))} - {""}
+    widths = all(bits.w <= 8 and bits.a <= 8 for _, bits in program.layers.values())
+    return bool(steps) and all(steps) and widths and kinds <= EXACT and all(_halves(node) for node in program.graph.nodes)
+
+
+def _halves(node: torch.fx.Node) -> bool:
+    """Return whether a mean is over a power of two of values; true for all else."""
+    if "mean" not in kind_of(node) and "avg_pool" not in kind_of(node):
+        return True
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    sizes = [(a, b) for a, b in zip(before[2:], after[2:], strict=False)] if len(after) > 2 else [(n, 1) for n in before[2:]]
+    return all(isinstance(a, int) and a % b == 0 and (a // b) & (a // b - 1) == 0 for a, b in sizes)
+
+
+def codes_of(values: Tensor, point: PointRecord) -> Array:
+    """Return the integers that values on a grid stand for, moved by the code of zero."""
+    return np.rint(values.detach().numpy() / np.float32(point.step)).astype(np.int64) + point.zero
+
+
+def rows(points: Sequence[PointRecord], wanted: Mapping[str, Array], found: Mapping[str, Array]) -> tuple[Row, ...]:
+    """Compare the codes of each point, by node."""
+    result = []
+    for point in points:
+        gap = np.abs(wanted[point.node] - found[point.node].astype(np.int64))
+        result.append(Row(point.name, point.bits, int(gap.size), int((gap > 0).sum()), int(gap.max(initial=0))))
+    return tuple(result)
+
+
+def output_gaps(wanted: Sequence[Tensor], found: Sequence[NDArray[np.float32]]) -> tuple[float, float, float]:
+    """Return the largest difference as a share of the largest output, the difference itself, and the agreement of answers."""
+    largest = share = 0.0
+    agreement = 1.0
+    for a, b in zip(wanted, found, strict=True):
+        if tuple(a.shape) != tuple(b.shape):
+            raise ExportError(f"export: the file gives an output of shape {tuple(b.shape)}, the network {tuple(a.shape)}")
+        gap = float(np.abs(a.double().numpy() - b.astype(np.float64)).max(initial=0.0))
+        if not np.isfinite(gap):
+            raise ExportError("export: the network or the file gives outputs that are nan or infinite; restore an earlier checkpoint")
+        largest, share = max(largest, gap), max(share, gap / max(float(a.abs().max()), 1e-30) if a.numel() else 0.0)
+        if a.dim() == 2 and a.shape[1] > 1:
+            agreement = min(agreement, float((a.argmax(1).numpy() == b.argmax(1)).mean()))
+    return share, largest, agreement
+
+
+def judge(parity: Parity, steps: int, outputs: float, runtime: str) -> None:
+    """Raise `ExportError` unless a comparison is within its bounds: equal where that can be, else so many steps and such a share."""
+    limit = 0 if parity.exact else steps
+    bad = max((row for row in parity.alone if row.steps > limit), key=lambda row: row.steps, default=None)
+    if bad is not None:
+        asked = "equal codes (all scales are powers of two)" if parity.exact else f"codes within {steps} step{'s' * (steps != 1)}"
+        found = f"{bad.differing} of {bad.values} values of '{bad.name}' ({bad.bits} bits) differ, by up to {bad.steps} steps"
+        raise ExportError(f"export: {runtime} does not reproduce the network: asked for {asked}, and {found}; nothing was written")
+    share = 0.0 if parity.exact else outputs
+    if parity.outputs > share:
+        found = f"{100 * parity.outputs:.3g} % of the largest (answers agree on {100 * parity.agreement:.4g} % of the example)"
+        allowed = "none is allowed with scales that are powers of two" if parity.exact else f"{100 * share:.3g} % is allowed"
+        raise ExportError(
+            f"export: {runtime} does not reproduce the network: its outputs differ by {found}, and {allowed}; nothing was written"
+        )

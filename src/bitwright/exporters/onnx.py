@@ -1,0 +1,262 @@
+"""ONNX with quantization and dequantization nodes: one file for ONNX Runtime, and for whatever else reads the standard.
+
+Every activation on a grid is a ``QuantizeLinear`` (uint8; zero is 128 on signed grids), below 8 bits a ``Clip`` of those integers,
+and a ``DequantizeLinear``; every weight is integer codes and a ``DequantizeLinear`` with a scale for each output channel; a bias is
+int32. ONNX Runtime makes integer kernels of that. BatchNorms are folded into the scales and biases of the layer before them.
+
+The file is checked with `onnx.checker` and run by ONNX Runtime before it may stay: each activation's codes are compared with the
+network's, given the network's own codes before it and from the example on, and the outputs as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from bitwright.errors import ExportError
+from bitwright.exporters import Check, Exporter, Source, Verification
+from bitwright.exporters import outputs as network_outputs
+from bitwright.exporters._emission import ActivationForm, Emission, Emitted, Form, Grid, PointRecord, WeightRecord, float_layers
+from bitwright.exporters._graph import Program, capture, run
+from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
+from bitwright.exporters._parity import Parity, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._rewrite import rewrite
+from bitwright.exporters._writing import Writer
+
+OPSET, IR = 21, 10
+OPSET_INT2, IR_INT2 = 25, 13
+"""What the standard needs for INT2."""
+INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
+
+
+class QDQ(ActivationForm):
+    """Quantize, clip the integers where there are fewer than 8 bits, dequantize."""
+
+    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
+        """Write three nodes, or two."""
+        zero = 128 if grid.signed else 0
+        step, origin = writer.constant(np.float32(grid.step), f"{name}_scale"), writer.constant(np.uint8(zero), f"{name}_zero")
+        codes = writer.node("QuantizeLinear", [x, step, origin], name=f"{name}_q")
+        low, high = grid.low + zero, grid.high + zero
+        if low > 0 or high < 255:
+            bounds = [writer.constant(np.uint8(bound), f"{name}_bound") for bound in (low, high)]
+            codes = writer.node("Clip", [codes, *bounds], name=f"{name}_clip")
+        return str(writer.node("DequantizeLinear", [codes, step, origin], name=f"{name}_dq")), str(codes), zero
+
+
+@dataclass(frozen=True)
+class Written:
+    """A program and the model that was made of it."""
+
+    program: Program
+    model: Any
+    emitted: Emitted
+
+
+@dataclass(frozen=True)
+class Onnx(Exporter):
+    """Quantization and dequantization nodes of the ONNX standard, run by ONNX Runtime.
+
+    Attributes:
+        types: ``int8`` stores weights of few bits in 8-bit integers, so that integer kernels apply; ``native`` uses INT4 and INT2 for
+            layers whose activations stay in float, which have no integer kernel to lose.
+        steps: how many steps a code may differ by when the file is given the network's own codes before it; where all scales are
+            powers of two and every call sums integers, it may not differ at all.
+        outputs: how far outputs may differ, as a share of the largest; likewise.
+        fallback: ``report`` lists layers that the runtime runs in float though both widths are 8 or fewer; ``raise`` refuses them.
+    """
+
+    suffixes = (".onnx",)
+    types: Literal["int8", "native"] = "int8"
+    steps: int = 1
+    outputs: float = 0.05
+    fallback: Literal["report", "raise"] = "report"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("types", self.types, ("int8", "native")), ("fallback", self.fallback, ("report", "raise"))):
+            if value not in known:
+                raise ExportError(f"export: {name} '{value}'; type '{known[0]}' or '{known[1]}'")
+
+    def write(self, source: Source, path: Path) -> Mapping[str, int]:
+        """Write the file; raises `ExportError` for a call that has no ONNX form here."""
+        onnx = required("onnx")
+        written = self._written(source)
+        stamp(onnx, written.model, source, written.program, written.emitted, 0.0 if is_exact(written.program) else self.outputs)
+        data = written.model.SerializeToString(deterministic=True)
+        path.write_bytes(data)
+        sizes = {tensor.name: len(tensor.raw_data) for tensor in written.model.graph.initializer}
+        codes = sum(sizes[record.initializer] for record in written.emitted.weights)
+        return {"weights": codes, "tensors": sum(sizes.values()) - codes, "graph": len(data) - sum(sizes.values())}
+
+    def check(self, source: Source, path: Path) -> Check:
+        """Run the file and compare; raises `ExportError` unless it reproduces the network within the bounds."""
+        onnx = required("onnx")
+        model = read_model(onnx, path)
+        written = self._written(source)
+        parity = compare(source, written, model)
+        judge(parity, self.steps, self.outputs, "ONNX Runtime")
+        verified = verify_file(onnx, path, run_session)
+        executed = executed_precision(model, list(written.emitted.layers))
+        fell = sorted(set(executed_float(executed)) - set(float_layers(written.emitted.layers)))
+        if fell and self.fallback == "raise":
+            ask = "quantize with a target or points, or give fallback='report'"
+            raise ExportError(f"export: ONNX Runtime runs {', '.join(repr(name) for name in fell[:6])} in float; {ask}")
+        facts = {**parity.to_dict(), "executed": executed, "float_fallbacks": fell}
+        return Check(verified.levels, parity.difference, facts)
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Return whether a file is one of ours."""
+        return path.suffix == ".onnx" and FORMAT.encode() in path.read_bytes()
+
+    @classmethod
+    def verify(cls, path: Path, model: Any = None) -> Verification:
+        """Read a file, count its levels and run it; raises `ExportError` with the reason for a damaged one."""
+        return verify_file(required("onnx"), path, run_session)
+
+    def _written(self, source: Source) -> Written:
+        onnx = required("onnx")
+        program = capture(source.model, source.example)
+        if not program.marks and not program.layers:
+            raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
+        rewrite(program)
+        return written(onnx, program, source, Form(QDQ(), native=self.types == "native"))
+
+
+def required(package: str) -> Any:
+    """Import a package of the extra; raises `ExportError` that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(f"export: {package} is not installed ({error}); type pip install 'bitwright[onnx]'") from None
+
+
+def written(onnx: Any, program: Program, source: Source, form: Form, domains: Mapping[str, int] | None = None) -> Written:
+    """Return a program as an ONNX model."""
+    writer = Writer(onnx, program.inputs[0])
+    writer.taken.update(program.inputs)
+    emission = Emission(writer, program, form)
+    emitted = emission.write()
+    outputs = []
+    for k, name in enumerate(emission.outputs):
+        outputs.append(writer.node("Identity", [name], name="output" if len(emission.outputs) == 1 else f"output{k}"))
+    helper = onnx.helper
+    inputs = [_value_info(onnx, node.name, node.meta["val"]) for node in program.graph.nodes if node.name in program.inputs]
+    leaves = _output_values(program)
+    results = [_value_info(onnx, name, value) for name, value in zip(outputs, leaves, strict=True)]
+    graph = helper.make_graph(writer.nodes, "bitwright", inputs, results, writer.initializers)
+    two = any(tensor.data_type == onnx.TensorProto.INT2 for tensor in writer.initializers)
+    imports = [helper.make_opsetid("", OPSET_INT2 if two else OPSET)]
+    imports += [helper.make_opsetid(domain, version) for domain, version in (domains or {}).items()]
+    model = helper.make_model(graph, opset_imports=imports, producer_name="bitwright")
+    model.ir_version = IR_INT2 if two else IR
+    return Written(program, model, emitted)
+
+
+def _output_values(program: Program) -> list[Any]:
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    return [leaf.meta["val"] for leaf in tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+
+
+def _value_info(onnx: Any, name: str, value: Tensor) -> Any:
+    shape = [size if isinstance(size, int) else "batch" for size in value.shape]
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(str(value.dtype).removeprefix("torch.")))
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
+# ---- running
+
+
+def session(data: bytes, optimized: Path | None = None) -> Any:
+    """Return a session of ONNX Runtime on one thread."""
+    runtime = required("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"export: ONNX Runtime refuses the file ({str(error).splitlines()[0][:200]})") from None
+
+
+def run_session(data: bytes, inputs: Mapping[str, Any]) -> list[Any]:
+    """Run a model in ONNX Runtime and return its outputs."""
+    return list(session(data).run(None, dict(inputs)))
+
+
+def inputs_of(program: Program, source: Source) -> dict[str, Any]:
+    """Return the example by the names of a program's inputs."""
+    example = source.example
+    values = list(example.values()) if isinstance(example, Mapping) else list(example) if isinstance(example, tuple) else [example]
+    return {name: value.numpy() for name, value in zip(program.inputs, values, strict=True)}
+
+
+def compare(source: Source, written: Written, model: Any) -> Parity:
+    """Compare a file with the network on the example: every activation's codes, alone and chained, and the outputs."""
+    program, points = written.program, [point for point in written.emitted.points if point.codes]
+    wanted, (_, marked) = network_outputs(source.model, source.example), run(program, source.example)
+    codes = {point.node: codes_of(marked[point.node], point) for point in points}
+    given = inputs_of(program, source)
+    count = len(model.graph.output)
+    whole = session(with_codes(model, points, cut=False)).run(None, given)
+    parts = {f"given:{point.codes}": codes[point.node].astype(np.uint8) for point in points}
+    cut = session(with_codes(model, points, cut=True)).run(None, {**given, **parts})
+    alone, chained = (
+        rows(points, codes, dict(zip([point.node for point in points], result[count:], strict=True))) for result in (cut, whole)
+    )
+    share, largest, agreement = output_gaps(wanted, whole[:count])
+    return Parity(is_exact(program), alone, chained, share, largest, agreement)
+
+
+def with_codes(model: Any, points: Sequence[PointRecord], *, cut: bool) -> bytes:
+    """Return a model that gives each activation's codes as well, and, if ``cut``, goes on with codes that it is given instead."""
+    onnx = required("onnx")
+    changed = type(model)()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    for point in points:
+        graph.output.append(onnx.helper.make_tensor_value_info(point.codes, onnx.TensorProto.UINT8, None))
+        if cut:
+            graph.input.append(onnx.helper.make_tensor_value_info(f"given:{point.codes}", onnx.TensorProto.UINT8, None))
+    if cut:
+        names = {point.codes for point in points}
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] in names:
+                node.input[0] = f"given:{node.input[0]}"
+    return bytes(changed.SerializeToString())
+
+
+def executed_precision(model: Any, addresses: Sequence[str]) -> dict[str, str]:
+    """Return what ONNX Runtime runs for each layer: its node after all optimisations, as ``int8: QLinearConv`` or ``float32: Conv``."""
+    import tempfile  # noqa: PLC0415  (only where it is used)
+
+    onnx = required("onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        session(model.SerializeToString(), Path(folder) / "optimized.onnx")
+        nodes = onnx.load(str(Path(folder) / "optimized.onnx")).graph.node
+    found = {}
+    for node in nodes:
+        base = re.sub(r"(_token_\d+|_nchwc|_nhwc|_quant|/[A-Za-z]+Fusion.*)+$", "", node.name)
+        address = next((name for name in (base, re.sub(r"_\d+$", "", base)) if name in addresses), None)
+        if address is not None and address not in found and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            kind = "int8" if node.op_type.startswith(INTEGER_KERNELS) else "int4" if node.op_type == "MatMulNBits" else "float32"
+            found[address] = f"{kind}: {node.op_type}"
+    return {address: found.get(address, "unknown") for address in addresses}
+
+
+def executed_float(executed: Mapping[str, str]) -> list[str]:
+    """Return the layers that run in float."""
+    return [name for name, kind in executed.items() if kind.startswith("float")]
+
+
+__all__ = ["Onnx", "WeightRecord"]
