@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
+from bitwright.correlation import spearman
 from bitwright.data import Split, TensorSplit
 from bitwright.margins import features_of, margins_of
 from bitwright.methods.fisher import Fisher
@@ -32,7 +32,6 @@ CORRELATION = 0.7
 KEPT = 0.4
 """Least share of the foretold gain over uniform that a policy must keep: what searching on the target's own sensitivities gains is 1."""
 BINS = 24
-DRAWS = 2000
 
 
 def certify(target: Problem, proxy: Problem, policy: Policy) -> dict[str, Any]:
@@ -81,19 +80,15 @@ def layer_sensitivities(problem: Problem, scores: Mapping[str, Tensor]) -> dict[
 def rank_correlation(a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0) -> dict[str, Any]:
     """Return Spearman's rank correlation of two sets of numbers by name, with a 95 % bootstrap interval over the names.
 
-    Fewer than three names, or equal numbers, have none: its value is then 0.
+    Fewer than three names tell nothing: the value is then 0, as for numbers that are all equal.
 
     >>> rank_correlation({"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 5.0, "b": 6.0, "c": 9.0})["value"]
     1.0
     """
-    x, y = (np.array([numbers[name] for name in a]) for numbers in (a, b))
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return {"value": 0.0, "interval": [-1.0, 1.0], "n": len(x)}
-    rng = np.random.default_rng(seed)
-    samples = (chosen for chosen in rng.integers(0, len(x), (DRAWS, len(x))) if np.ptp(x[chosen]) > 0 and np.ptp(y[chosen]) > 0)
-    draws = [float(stats.spearmanr(x[chosen], y[chosen]).statistic) for chosen in samples]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": round(float(stats.spearmanr(x, y).statistic), 12), "interval": [float(low), float(high)], "n": len(x)}
+    if len(a) < 3:
+        return {"value": 0.0, "interval": [-1.0, 1.0], "n": len(a)}
+    found = spearman(list(a.values()), [b[name] for name in a], seed)
+    return {"value": found.value, "interval": [found.low, found.high], "n": found.n}
 
 
 def predicted_loss(problem: Problem, scores: Mapping[str, Tensor], policy: Policy) -> float:

@@ -22,6 +22,11 @@ PRIOR = 30.0
 """A gain measured n times counts n, what the row's other gains foretell counts this."""
 
 
+def empty() -> Tensor:
+    """Return no numbers, float64 ``[0]``: what a state holds before its first step."""
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Row:
     """One decision: the width of the weights, or of the inputs, of some sites.

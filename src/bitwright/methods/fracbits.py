@@ -22,7 +22,7 @@ from torch import Tensor
 from bitwright.driver import Proposal, Trial
 from bitwright.errors import RecipeError
 from bitwright.problem import Problem
-from bitwright.relaxation import Decisions, Granularity, adam
+from bitwright.relaxation import Decisions, Granularity, adam, empty
 from bitwright.supernet import Supernet, SupernetMethod, SupernetState, tighten
 
 EVERY = 50
@@ -31,19 +31,15 @@ HALVINGS = 40
 """Of the interval in which the shift of all widths is sought."""
 
 
-def _empty() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
-
-
 @dataclass
 class State(SupernetState):
     """``bits``: the fractional width of every row, with Adam's running moments; ``strength`` and ``start_cost`` per budget."""
 
-    bits: Tensor = field(default_factory=_empty)
-    first: Tensor = field(default_factory=_empty)
-    second: Tensor = field(default_factory=_empty)
-    strength: Tensor = field(default_factory=_empty)
-    start_cost: Tensor = field(default_factory=_empty)
+    bits: Tensor = field(default_factory=empty)
+    first: Tensor = field(default_factory=empty)
+    second: Tensor = field(default_factory=empty)
+    strength: Tensor = field(default_factory=empty)
+    start_cost: Tensor = field(default_factory=empty)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bitwright.driver import Proposal, Trial
 from bitwright.errors import RecipeError
 from bitwright.policy import Policy
 from bitwright.problem import Problem
-from bitwright.relaxation import Decisions, Granularity, logistic, losses_of_gains
+from bitwright.relaxation import Decisions, Granularity, empty, logistic, losses_of_gains
 from bitwright.supernet import Supernet, SupernetMethod, SupernetState, tighten
 
 CHOICES = {
@@ -44,10 +44,6 @@ NOISE = 3.0
 """A mean gradient within so many of its standard errors of zero moves β less than the regularizer does."""
 
 
-def _empty() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
-
-
 @dataclass
 class State(SupernetState):
     """All that the search holds; see `SearchMethod`.
@@ -58,16 +54,16 @@ class State(SupernetState):
     lower or upper drawn]``.
     """
 
-    beta: Tensor = field(default_factory=_empty)
-    level: Tensor = field(default_factory=_empty)
-    strength: Tensor = field(default_factory=_empty)
-    errors: Tensor = field(default_factory=_empty)
-    gains: Tensor = field(default_factory=_empty)
-    draws: Tensor = field(default_factory=_empty)
-    slope: Tensor = field(default_factory=_empty)
-    power: Tensor = field(default_factory=_empty)
-    stay: Tensor = field(default_factory=_empty)
-    start_cost: Tensor = field(default_factory=_empty)
+    beta: Tensor = field(default_factory=empty)
+    level: Tensor = field(default_factory=empty)
+    strength: Tensor = field(default_factory=empty)
+    errors: Tensor = field(default_factory=empty)
+    gains: Tensor = field(default_factory=empty)
+    draws: Tensor = field(default_factory=empty)
+    slope: Tensor = field(default_factory=empty)
+    power: Tensor = field(default_factory=empty)
+    stay: Tensor = field(default_factory=empty)
+    start_cost: Tensor = field(default_factory=empty)
 
 
 @dataclass(frozen=True)
