@@ -65,7 +65,9 @@ def pixelate(images: Tensor, severity: int, draws: Draws) -> Tensor:
 def _coarse(length: int, fewer: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return, for each of ``length`` pixels, which ones it is the mean of when only ``fewer`` are kept, and their weights."""
     wide = length / fewer
-    kept = ((np.arange(length) + 0.5) / wide).astype(np.int64)
+    steps = np.full(length, fewer / length)
+    steps[0] /= 2
+    kept = np.minimum(steps.cumsum().astype(np.int64), fewer - 1)  # summed up as Pillow does, which decides ties
     first = np.floor(kept * wide + 0.5).astype(np.int64)  # a pixel counts where its middle lies, as in Pillow's box filter
     last = np.minimum(np.floor((kept + 1) * wide + 0.5).astype(np.int64), length)
     offsets = np.arange(int((last - first).max()))
