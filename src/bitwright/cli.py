@@ -19,7 +19,19 @@ import torch
 
 from bitwright import profile
 from bitwright.compare import compare
+from bitwright.deployment import (
+    check_flags,
+    check_policy,
+    default_widths,
+    target_flag,
+    target_overrides,
+    targets_command,
+    targets_flags,
+    verify_command,
+    verify_flags,
+)
 from bitwright.errors import BitwrightError, RunError, nearest
+from bitwright.flags import compare_flags, flag_recipe, profile_flags
 from bitwright.job import Job
 from bitwright.methods import available, describe, get_method
 from bitwright.pipeline import derive, evaluate_file, evaluate_under, export_file, run_stages
@@ -28,6 +40,7 @@ from bitwright.progress import Progress
 from bitwright.recipe import load_recipe, parse_yaml
 from bitwright.report import render, terminal
 from bitwright.runs import versions, write_text_atomic
+from bitwright.translators._command import policy_command, policy_flags
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 OUR_FAULT = "bitwright: this is our fault, not yours: please report the lines above together with the command"
@@ -125,7 +138,8 @@ def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
     if known and arguments.out is not None:
         raise UsageError(f"compare {target}: is a directory to go on with; leave out --out, or give a recipe instead")
     asked = {"methods": arguments.methods, "seeds": arguments.seeds, "budgets": arguments.budget}
-    overrides = [*arguments.set, *(f"compare.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None)]
+    changes = [f"compare.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    overrides = [*target_overrides(arguments.deploy), *arguments.set, *changes]
     if known and not (Path(target) / "recipe.yaml").is_file():
         raise RunError(f"{target}: no comparison (it has no recipe.yaml); give a recipe, or the --out of a `bitwright compare`")
     recipe = load_recipe(Path(target) / "recipe.yaml" if known else target, overrides)
@@ -138,6 +152,10 @@ def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def export_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write a run's network to a deployable file and check what was written."""
+    if arguments.check:
+        return check_policy(_existing(arguments), arguments.deploy, _read_policy(arguments.policy))
+    if arguments.policy is not None or arguments.deploy is not None:
+        raise UsageError("export --target and --policy: they go with --check; the run's own target and policy are exported")
     if arguments.to is None and arguments.file is None and not arguments.option:
         return _stage(arguments, "export")
     result = export_file(_existing(arguments), arguments.to, arguments.file, _option_values(arguments.option))
@@ -240,6 +258,7 @@ def _recipe_of_flags(arguments: argparse.Namespace) -> dict[str, Any]:
         if not getattr(arguments, name, None):
             raise UsageError(f"{arguments.verb}: give a recipe, a run directory, or --model, --data and --budget (--{name} is missing)")
     options = {name: _yaml(value) for name, value in vars(arguments).items() if name in arguments.method_options and value is not None}
+    widths = default_widths(getattr(arguments, "deploy", None))
     return {
         "name": f"{arguments.model}-{arguments.method}".replace(":", "-"),
         "data": {"name": arguments.data, "held_out": arguments.held_out},
@@ -248,8 +267,8 @@ def _recipe_of_flags(arguments: argparse.Namespace) -> dict[str, Any]:
             "method": arguments.method,
             "options": options,
             "budgets": arguments.budget,
-            "weights": arguments.weight_bits,
-            "activations": arguments.activation_bits,
+            "weights": arguments.weight_bits or widths["weights"],
+            "activations": arguments.activation_bits or widths["activations"],
         },
     }
 
@@ -257,7 +276,7 @@ def _recipe_of_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
     proxy = [f"search.proxy={arguments.proxy}"] if getattr(arguments, "proxy", None) is not None else []
-    return [*arguments.set, *seed, *proxy]
+    return [*target_overrides(getattr(arguments, "deploy", None)), *arguments.set, *seed, *proxy]
 
 
 def _stage(arguments: argparse.Namespace, stage: str) -> dict[str, Any]:
@@ -375,28 +394,6 @@ def _again_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="do it once more although it is finished")
 
 
-def _flag_recipe(parser: argparse.ArgumentParser) -> None:
-    flags = parser.add_argument_group("instead of a recipe")
-    flags.add_argument("--model", metavar="NAME", help="a bundled network or package.module:function")
-    flags.add_argument("--weights", metavar="FILE", help="its trained weights: .safetensors, .npz, .th, .pt or .pth")
-    flags.add_argument("--data", metavar="NAME", help="a data set")
-    flags.add_argument("--held-out", type=int, default=500, metavar="N", help="training images held out for selection (default: 500)")
-    flags.add_argument("--budget", action="append", metavar="COST<=LIMIT", help="such as weight_bits<=2; may be repeated")
-    flags.add_argument("--method", default="sdq", metavar="NAME", help="a search method (default: sdq); see `bitwright methods`")
-    flags.add_argument("--weight-bits", type=int, nargs="+", default=list(range(1, 9)), metavar="W", help="candidates (default: 1 to 8)")
-    flags.add_argument("--activation-bits", type=int, nargs="+", default=[32], metavar="A", help="candidates (default: 32, left in float)")
-    parser.set_defaults(method_options=())
-
-
-def _profile_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", metavar="CxHxW", help="input of --model where no data set is given, such as 3x224x224")
-    parser.add_argument("--sensitivity", action="store_true", help="also measure what each choice adds to the loss, one site at a time")
-    parser.add_argument("--measure", metavar="NAME", help="by which method: kl (default), fisher, hawq or limpq; see `bitwright methods`")
-    parser.add_argument("--save", metavar="FILE", help="write these sensitivities to a file; a search takes them by the option table")
-    parser.add_argument("--check-additivity", action="store_true", help="also check on random policies whether they add up to the loss")
-    parser.add_argument("--policies", type=int, metavar="N", help=f"how many policies that check draws (default: {profile.POLICIES})")
-
-
 def _new_out_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="a new run, which begins with this one's float network and policy")
 
@@ -415,29 +412,6 @@ def _condition_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="draws of the corruptions (default: 0)")
 
 
-def _compare_flags(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, COMPARE_HELP
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, package.module:Class, or LABEL=NAME; uniform is added")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each a split, a search and a training (default: 0 1 2)")
-    parser.add_argument("--budget", nargs="+", metavar="COST<=LIMIT", help="each one a comparison; a comma joins limits kept at once")
-    parser.add_argument("--out", metavar="DIR", help="the comparison's directory (default: runs/<recipe name>-compare)")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of the recipe; may be repeated")
-
-
-COMPARE_HELP = """\
-A table, a CSV and report.html say which differences are significant (bootstrap over seeds and test images, Holm-corrected)
-and whether mixed widths beat uniform. The same command goes on after a crash; started twice, the processes share the work.
-
-  bitwright compare digits-sdq --methods sdq fisher uniform random --seeds 0 1 2
-  bitwright compare my.yaml --methods sdq old=sdq --set compare.options.old.gate=interpolation
-  bitwright compare my.yaml --budget 'bitops<=W4A4' 'bitops<=W3A3' --out runs/c
-  bitwright compare my.yaml --set compare.short.epochs=1 --set compare.long.epochs=20
-
-With compare.short and compare.long there are two stages: all methods with the short fine-tuning, then the compare.best
-(default 5) on the selection images, and uniform, with the long one. Both are changes of the recipe's finetune section.
-"""
-
-
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="FORMAT", help="the format (default: the recipe's, or packed)")
     parser.add_argument("--file", metavar="FILE", help="where to write (default: in the run's export folder)")
@@ -445,16 +419,29 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS: dict[str, tuple[Any, ...]] = {
-    "run": (run_command, _target, _out_flag, _recipe_flags, _proxy_flag, _no_finetune_flag, _place_flags),
-    "profile": (profile_command, _optional_target, _recipe_flags, _place_flags, _flag_recipe, _profile_flags),
-    "search": (search_command, _optional_target, _out_flag, _recipe_flags, _proxy_flag, _place_flags, _again_flag, _flag_recipe),
+    "run": (run_command, _target, _out_flag, _recipe_flags, _proxy_flag, _no_finetune_flag, _place_flags, target_flag),
+    "profile": (profile_command, _optional_target, _recipe_flags, _place_flags, flag_recipe, profile_flags, target_flag),
+    "search": (
+        search_command,
+        _optional_target,
+        _out_flag,
+        _recipe_flags,
+        _proxy_flag,
+        _place_flags,
+        _again_flag,
+        flag_recipe,
+        target_flag,
+    ),
     "finetune": (finetune_command, _run_target, _new_out_flag, _recipe_flags, _place_flags, _again_flag, _policy_flag),
     "evaluate": (evaluate_command, _run_target, _place_flags, _again_flag, _file_flag, _condition_flags),
     "baselines": (baselines_command, _run_target, _place_flags, _again_flag),
-    "compare": (compare_command, _target, _compare_flags, _place_flags),
-    "export": (export_command, _run_target, _place_flags, _again_flag, _export_flags),
+    "compare": (compare_command, _target, compare_flags, _place_flags, target_flag),
+    "export": (export_command, _run_target, _place_flags, _again_flag, _export_flags, check_flags, target_flag),
+    "verify": (verify_command, verify_flags),
+    "policy": (policy_command, policy_flags),
     "report": (report_command, _run_target, _file_flag),
     "methods": (methods_command,),
+    "targets": (targets_command, targets_flags),
 }
 """Each verb: what it does, and what adds its arguments."""
 

@@ -22,6 +22,10 @@ class BudgetError(BitwrightError):
     """A budget does not parse or cannot be met."""
 
 
+class TargetError(BitwrightError):
+    """A deployment target is unknown or malformed, or does not run what is asked of it."""
+
+
 class RecipeError(BitwrightError):
     """A recipe, or an option given for it, is wrong."""
 

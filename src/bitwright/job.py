@@ -16,7 +16,7 @@ from bitwright import runs
 from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
 from bitwright.costs import BitOps, Budget, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data, mixed
-from bitwright.errors import RunError
+from bitwright.errors import PolicyError, RunError, nearest
 from bitwright.exporters.packed import packed_overhead
 from bitwright.memory import ActivationMemory
 from bitwright.models import build, load_weights
@@ -27,6 +27,7 @@ from bitwright.quant import quantize, verify_widths
 from bitwright.recipe import QuantizeOptions, Recipe, load_recipe, make_options
 from bitwright.runs import Run
 from bitwright.sites import Trace, trace
+from bitwright.targets import Target, get_target
 from bitwright.training import FinetuneOptions
 
 PROXY = "proxy.safetensors"
@@ -134,7 +135,29 @@ class Job:
     def choices(self) -> Choices:
         """The choices of every site."""
         section = self.recipe.search
-        return build_choices(self.trace, section.weights, section.activations, pin_first=section.pin_first, pin_last=section.pin_last)
+        pins = {"pin_first": section.pin_first, "pin_last": section.pin_last}
+        choices = build_choices(self.trace, section.weights, section.activations, **pins)
+        return choices if self.target is None else self.target.restrict(self.trace, choices)
+
+    @cached_property
+    def target(self) -> Target | None:
+        """What the network is deployed to; None where the recipe does not say."""
+        return None if self.recipe.target is None else get_target(self.recipe.target)
+
+    @cached_property
+    def quantize_options(self) -> QuantizeOptions:
+        """How a policy becomes a network; the points are the target's unless the recipe names others."""
+        options = make_options(QuantizeOptions, self.recipe.quantize, "quantize")
+        return options if options.points is not None or self.target is None else replace(options, points=self.target.points)
+
+    def trace_names(self, policy: Mapping[str, Bits]) -> None:
+        """Raise `PolicyError` unless a policy names the network's sites, all of them and no other."""
+        for name in policy:
+            if name not in self.trace.names:
+                raise PolicyError(f"policy: the network has no site '{name}'; {nearest(name, self.trace.names)}")
+        for name in self.trace.names:
+            if name not in policy:
+                raise PolicyError(f"policy: site '{name}' has no entry; add it")
 
     @cached_property
     def overhead(self) -> int:
@@ -246,7 +269,7 @@ class Job:
 
     def quantize(self, policy: Policy) -> nn.Module:
         """Return the float network quantized at a policy, calibrated on training images, its widths verified."""
-        options = make_options(QuantizeOptions, self.recipe.quantize, "quantize")
+        options = self.quantize_options
         images = self.data.example(options.calibration)
         model = quantize(
             self.network,

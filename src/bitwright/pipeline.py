@@ -21,6 +21,7 @@ from bitwright import runs
 from bitwright.baselines import baselines_stage
 from bitwright.certificate import certify
 from bitwright.data import Split, parse_conditions
+from bitwright.deployment import file_name
 from bitwright.driver import SearchMethod, Stop, search
 from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
@@ -257,7 +258,7 @@ def export_file(
     section = job.recipe.export or ExportSection()
     to = to or section.to
     chosen = {**(section.options if to == section.to else {}), **(options or {})}
-    path = Path(path) if path is not None else job.run.inside("export", "model.safetensors")
+    path = Path(path) if path is not None else job.run.inside("export", file_name(to))
     artefact = export(job.quantized, to, path, example=job.data.example(8), policy=job.policy, reference=job.reference, **chosen)
     for budget in job.budgets:
         if to == "packed" and budget.cost.name == "size" and artefact.size > budget.limit:  # packed_overhead promised a bound
@@ -334,7 +335,8 @@ def summary(job: Job) -> dict[str, Any]:
             result[name.rpartition("/")[2]] = json.loads(file.read_text("utf-8"))
     if (path / "policy.json").is_file():
         result["policy"] = {site: list(bits) for site, bits in job.policy.items()}
-    files = ("policy.json", "model.safetensors", "export/model.safetensors", "report.html")
+    exported = sorted(str(file.relative_to(path)) for file in (path / "export").glob("model.*"))
+    files = ("policy.json", "model.safetensors", *exported, "report.html")
     return {**result, "files": [name for name in files if (path / name).is_file()]}
 
 

@@ -17,6 +17,7 @@ from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
 from bitwright.quant import QuantOptions
 from bitwright.quant.corrections import Step
+from bitwright.targets import get_target
 from bitwright.training import FinetuneOptions
 
 T = TypeVar("T")
@@ -243,6 +244,7 @@ class Recipe(Section):
     baselines: BaselinesSection | None = None
     compare: CompareSection | None = None
     evaluate: EvaluateSection | None = None
+    target: str | None = None
     export: ExportSection | None = None
     report: bool = True
 
@@ -256,7 +258,7 @@ class Recipe(Section):
         data = self.model_dump(mode="json", by_alias=True)
         if data["data"]["quality"] is None:  # what a recipe does not have leaves no trace: runs begun before it was there go on
             del data["data"]["quality"]
-        return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate")}
+        return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate", "target")}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
@@ -397,7 +399,7 @@ def _known_keys(loc: Iterable[int | str]) -> list[str]:
 def _check_options(recipe: Recipe) -> None:
     """Check the free sections against the dataclasses that will receive them, before anything runs."""
     make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
-    make_options(QuantizeOptions, recipe.quantize, "quantize")
+    _check_deployment(recipe, make_options(QuantizeOptions, recipe.quantize, "quantize"))
     if recipe.evaluate is not None and recipe.evaluate.conditions:
         parse_conditions(recipe.evaluate.conditions)
     adapt = None if recipe.search.proxy is None else recipe.search.proxy.adapt
@@ -412,6 +414,16 @@ def _check_options(recipe: Recipe) -> None:
         make_options(FinetuneOptions, recipe.baselines.finetune or {}, "baselines.finetune")
     if recipe.compare is not None:
         _check_compare(recipe, recipe.compare)
+
+
+def _check_deployment(recipe: Recipe, options: QuantizeOptions) -> None:
+    """Check the target, and that a packed file can say what it and the quantizer ask for."""
+    points = options.points
+    if recipe.target is not None:
+        points = get_target(recipe.target).points if points is None else points
+    if recipe.export is not None and recipe.export.to == "packed" and (points or options.integer):
+        what = f"the points of target {recipe.target} ({', '.join(points)})" if points else "scales 'power_of_two'"
+        raise RecipeError(f"recipe: export.to is packed, and a packed file cannot say {what}; give export.to=onnx, or quantize.points=[]")
 
 
 def _check_compare(recipe: Recipe, section: CompareSection) -> None:

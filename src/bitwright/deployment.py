@@ -1,0 +1,139 @@
+"""The verbs of deployment: list targets, check a policy against one, verify an artefact from the outside."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from bitwright import models
+from bitwright.errors import ExportError, TargetError
+from bitwright.exporters import Verification, get, verify
+from bitwright.job import Job
+from bitwright.policy import Policy
+from bitwright.report.terminal import new_console
+from bitwright.targets import Target, available, get_target
+
+
+def targets_command(arguments: argparse.Namespace) -> dict[str, Any]:
+    """List the deployment targets: what runs there, as what, and what else must be on a grid."""
+    chosen = [get_target(arguments.name)] if arguments.name else [get_target(name) for name in available()]
+    for target in chosen:
+        _show_target(target)
+    return {"targets": {target.name: target.model_dump(mode="json") for target in chosen}}
+
+
+def _show_target(target: Target) -> None:
+    out = sys.stdout
+    reads = f"reads {target.exporter}" if target.exporter else "no file is written for it"
+    out.write(f"{target.name} (version {target.version}, {reads}): {target.about}\n")
+    for kind, rules in target.layers.items():
+        for rule in rules:
+            faster = {True: ", faster", False: ", no faster", None: ""}[rule.faster]
+            out.write(f"    {kind}: W{_spelled(rule.w)} A{_spelled(rule.a)} runs as {rule.runs}{faster}\n")
+    if target.points:
+        out.write(f"    8-bit points: {', '.join(target.points)}\n")
+    for note in target.notes:
+        out.write(f"    {note}\n")
+
+
+def _spelled(widths: tuple[int, ...]) -> str:
+    return ",".join(map(str, sorted(widths)))
+
+
+def check_policy(job: Job, name: str | None, policy: Policy | None) -> dict[str, Any]:
+    """Check a policy, by default the run's own, against a target, by default the run's own.
+
+    Raises:
+        TargetError: some sites do not run there; the message names each of them and its nearest widths that do.
+    """
+    target = job.target if name is None else get_target(name)
+    if target is None:
+        raise TargetError("export --check: the run has no target; give --target NAME, one of " + ", ".join(available()))
+    policy = job.policy if policy is None else policy
+    job.trace_names(policy)
+    target.check(job.trace.sites, policy)
+    sites = {site.name: target.runs(site, policy[site.name]) for site in job.trace.sites}
+    sys.stdout.write(f"{len(sites)} sites run on {target.name}\n")
+    return {"target": target.name, "version": target.version, "violations": [], "runs": sites}
+
+
+def verify_command(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Verify an artefact: read it again, count the levels of its tensors, compare with its policy, run it."""
+    model = models.build(arguments.model) if arguments.model else None
+    verified = verify(arguments.artefact, to=arguments.to, model=model)
+    _show_verification(verified)
+    return verified.to_dict()
+
+
+def _show_verification(verified: Verification) -> None:
+    table = Table(title=f"{verified.path} ({verified.to})", title_justify="left")
+    for column in ("tensor", "kind", "bits", "stored as", "levels", "allowed"):
+        table.add_column(column, justify="left" if column in ("tensor", "kind", "stored as") else "right")
+    for row in verified.tensors:
+        counted = ["–" if number is None else str(number) for number in (row.levels, row.allowed)]
+        table.add_row(row.name, row.kind, str(row.bits), row.stored, *counted)
+    new_console().print(table)
+    answer = "" if verified.answer is None else f", its answer within {100 * verified.answer:.3g} % of the network's"
+    ran = f"run on {verified.samples} samples{answer}" if verified.samples else "not run here"
+    sys.stdout.write(f"{verified.path}: keeps its policy of {len(verified.policy)} sites; {ran}\n")
+
+
+# ---- flags, and what they change
+
+
+def target_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--target``."""
+    parser.add_argument("--target", dest="deploy", metavar="NAME", help="what it is deployed to: see `bitwright targets`, or a YAML file")
+
+
+def targets_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what `targets` takes."""
+    parser.add_argument("name", metavar="TARGET", nargs="?", help="one target, or a YAML file of your own (default: all)")
+
+
+def verify_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what `verify` takes."""
+    parser.add_argument("artefact", metavar="ARTEFACT", help="a file that `bitwright export` wrote")
+    parser.add_argument("--to", metavar="FORMAT", help="its format (default: found out from the file)")
+    parser.add_argument("--model", metavar="NAME", help="its float network, for a packed file of a network of your own")
+
+
+def check_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what `export --check` takes."""
+    parser.add_argument("--check", action="store_true", help="only check the policy against the target, and write nothing")
+    parser.add_argument("--policy", metavar="FILE", help="with --check: a policy.json instead of the run's own")
+
+
+def target_overrides(name: str | None) -> list[str]:
+    """Return the changes of a recipe that ``--target`` stands for: the target, and the format that it reads."""
+    if name is None:
+        return []
+    target = get_target(name)
+    if target.exporter is None:
+        return [f"target={name}"]
+    return [f"target={name}", f"export.to={target.exporter}", "export.options={}"]
+
+
+def default_widths(name: str | None) -> Mapping[str, list[int]]:
+    """Return the candidates of a search by flags: what runs on the target, else all integer weights with float activations."""
+    weights, activations = (list(range(1, 9)), [32]) if name is None else get_target(name).widths()
+    return {"weights": weights, "activations": activations}
+
+
+def file_name(to: str) -> str:
+    """Return what an artefact is called in a run.
+
+    >>> file_name("packed")
+    'model.safetensors'
+    """
+    suffixes = get(to).suffixes
+    if not suffixes:
+        raise ExportError(f"export: format '{to}' names no ending of its files; give --file")
+    return f"model{suffixes[0]}"
+
+
+__all__ = ["check_policy", "targets_command", "verify_command"]

@@ -1,0 +1,244 @@
+"""Targets: what a deployment runtime or device runs, as versioned files, so that a policy is never more than it can do.
+
+A target says for each kind of layer which pairs of widths run and as what, which ends are pinned, which operations it fuses, and
+which tensors beside the layers' inputs must be on a grid (`bitwright.quant.points`) so that nothing falls back to float unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from bitwright.errors import TargetError, nearest
+from bitwright.policy import WIDTHS, Bits
+from bitwright.quant.points import PointKind
+
+if TYPE_CHECKING:
+    from bitwright.sites import Site, Trace
+
+FORMAT = "bitwright-target-1"
+LayerKind = Literal["convolution", "depthwise", "transposed", "linear", "product"]
+Width = Annotated[int, Field(strict=True)]
+LARGEST = 1 << 20
+"""Bytes of the largest target file that is read."""
+
+
+class _Strict(BaseModel):
+    """Frozen; every key must be known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Strict):
+    """Pairs of widths that run, and as what.
+
+    Attributes:
+        w: weight widths.
+        a: widths of the input activations; every weight width goes with every one of them.
+        runs: what the runtime computes with: ``int8``, ``bf16``, ``float32``, ``int4 weights``, ``any width``, …
+        faster: whether that is faster than what comes with more bits, where it is known.
+    """
+
+    w: tuple[Width, ...] = Field(min_length=1)
+    a: tuple[Width, ...] = Field(min_length=1)
+    runs: str
+    faster: bool | None = None
+
+    @field_validator("w", "a")
+    @classmethod
+    def _known(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        for width in value:
+            if width not in WIDTHS:
+                raise ValueError(f"width {width} is not one of {', '.join(map(str, WIDTHS))}")
+        return value
+
+    @property
+    def pairs(self) -> tuple[Bits, ...]:
+        """The pairs."""
+        return tuple(Bits(w, a) for w in self.w for a in self.a)
+
+
+class Pins(_Strict):
+    """Widths of the first and the last site; None leaves them to the recipe."""
+
+    first: tuple[Width, Width] | None = None
+    last: tuple[Width, Width] | None = None
+
+
+class Target(_Strict):
+    """A runtime or device.
+
+    Attributes:
+        format: of the file.
+        name: what it is called on the command line.
+        version: of what the file says, raised by every change.
+        about: one line for people.
+        exporter: the format that it reads; None where bitwright writes none for it.
+        latency: the runtime that measures latencies for it; None where nothing here can.
+        layers: what runs, by kind of layer. ``depthwise`` falls back to ``convolution``, ``transposed`` likewise; a kind that is
+            not there does not run.
+        pinned: ends with widths of their own.
+        fusions: operations that run as one, for people.
+        points: what else must be on a grid.
+        notes: what is to be known.
+    """
+
+    format: Literal["bitwright-target-1"]
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    version: int = Field(ge=1, strict=True)
+    about: str
+    exporter: str | None = None
+    latency: Literal["openvino", "onnxruntime"] | None = None
+    layers: dict[LayerKind, tuple[Rule, ...]]
+    pinned: Pins = Pins()
+    fusions: tuple[str, ...] = ()
+    points: tuple[PointKind, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def rules(self, site: Site) -> tuple[Rule, ...]:
+        """Return what applies to a site."""
+        kind = kind_of(site)
+        fallback: LayerKind = "convolution" if kind in ("depthwise", "transposed") else kind
+        return self.layers.get(kind, self.layers.get(fallback, ()))
+
+    def legal(self, site: Site) -> tuple[Bits, ...]:
+        """Return the pairs that run at a site, a product of two activations with equal widths."""
+        pairs = dict.fromkeys(pair for rule in self.rules(site) for pair in rule.pairs)
+        return tuple(pair for pair in pairs if site.operands == 1 or pair.w == pair.a)
+
+    def runs(self, site: Site, bits: Bits) -> str | None:
+        """Return what computes a site at a pair of widths; None where it does not run."""
+        return next((rule.runs for rule in self.rules(site) if bits in rule.pairs), None)
+
+    def nearest(self, site: Site, bits: Bits) -> Bits:
+        """Return the pair nearest to one by the ratios of widths; of equally near ones the wider, which loses less.
+
+        Raises:
+            TargetError: no pair runs at the site.
+        """
+        allowed = self.legal(site)
+        if not allowed:
+            raise TargetError(f"target {self.name}: runs no {kind_of(site)}, such as '{site.name}'; skip it, or take another target")
+        return min(allowed, key=lambda pair: (_distance(pair, bits), -pair.w, -pair.a))
+
+    def violations(self, sites: Iterable[Site], policy: Mapping[str, Bits]) -> tuple[Violation, ...]:
+        """Return the sites whose widths do not run, with the nearest that do."""
+        wrong = [site for site in sites if site.name in policy and policy[site.name] not in self.legal(site)]
+        return tuple(Violation(s.name, kind_of(s), policy[s.name], self.nearest(s, policy[s.name])) for s in wrong)
+
+    def check(self, sites: Iterable[Site], policy: Mapping[str, Bits]) -> None:
+        """Raise `TargetError` that names every site whose widths do not run, and the nearest that do."""
+        found = self.violations(sites, policy)
+        if found:
+            listed = "; ".join(f"'{v.site}' ({v.kind}) has {v.bits!r}, nearest {v.nearest!r}" for v in found)
+            raise TargetError(f"target {self.name}: {len(found)} of {len(policy)} sites do not run there: {listed}")
+
+    def restrict(self, trace: Trace, choices: Mapping[str, Sequence[Bits]]) -> dict[str, tuple[Bits, ...]]:
+        """Return the choices that run; a pinned site that does not run takes the target's pin, or the nearest pair.
+
+        Raises:
+            TargetError: none of a site's choices runs.
+        """
+        pins = {trace.first: self.pinned.first, trace.last: self.pinned.last}
+        return {site.name: self._restricted(site, tuple(choices[site.name]), pins.get(site.name)) for site in trace.sites}
+
+    def _restricted(self, site: Site, asked: tuple[Bits, ...], pin: tuple[int, int] | None) -> tuple[Bits, ...]:
+        allowed = self.legal(site)
+        if pin is not None:
+            return (self.nearest(site, Bits(*pin)),)
+        kept = tuple(bits for bits in asked if bits in allowed)
+        if not kept and len(asked) == 1:
+            return (self.nearest(site, asked[0]),)
+        if not kept:
+            wanted, known = ", ".join(map(repr, asked[:4])), ", ".join(map(repr, allowed[:8])) or "none"
+            more = " …" if len(asked) > 4 else ""
+            ask = "add such widths to search.weights and search.activations, or take another target"
+            raise TargetError(f"target {self.name}: site '{site.name}' may be {wanted}{more}, and {known} run there; {ask}")
+        return kept
+
+    def widths(self) -> tuple[list[int], list[int]]:
+        """Return all weight and all activation widths that run somewhere."""
+        pairs = [pair for rules in self.layers.values() for rule in rules for pair in rule.pairs]
+        return sorted({pair.w for pair in pairs}), sorted({pair.a for pair in pairs})
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A site whose widths do not run on a target, and the nearest that do."""
+
+    site: str
+    kind: str
+    bits: Bits
+    nearest: Bits
+
+
+def kind_of(site: Site) -> LayerKind:
+    """Return the kind of layer of a site, as target files name it."""
+    if site.operands == 2:
+        return "product"
+    if "transpose" in site.kind:
+        return "transposed"
+    if site.kind.startswith("conv"):
+        return "depthwise" if site.groups > 1 and site.weight_shape[1] == 1 else "convolution"
+    return "linear"
+
+
+def _distance(pair: Bits, wanted: Bits) -> float:
+    return abs(math.log2(pair.w / wanted.w)) + abs(math.log2(pair.a / wanted.a))
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of the targets that come with the package.
+
+    >>> "onnxruntime-x86" in available()
+    True
+    """
+    folder = resources.files("bitwright") / "targets"
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def get_target(name: str | Path) -> Target:
+    """Return a target by name, or from a YAML file of one's own.
+
+    Raises:
+        TargetError: there is none, or the file says something unknown.
+
+    >>> get_target("onnxruntime-x86").exporter
+    'onnx'
+    """
+    text = str(name)
+    if text in available():
+        return _parse((resources.files("bitwright") / "targets" / f"{text}.yaml").read_text("utf-8"), f"target {text}")
+    path = Path(text)
+    if not path.is_file():
+        raise TargetError(f"target '{text}': no target and no file of that name; {nearest(text, available())}")
+    if path.stat().st_size > LARGEST:
+        raise TargetError(f"target '{text}': larger than {LARGEST} bytes; give a YAML file such as those of bitwright")
+    try:
+        return _parse(path.read_text("utf-8"), f"target {text}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"target '{text}': cannot be read as text ({error}); give a YAML file") from None
+
+
+def _parse(text: str, where: str) -> Target:
+    from bitwright.recipe import parse_yaml  # noqa: PLC0415  (a recipe names its target)
+
+    data: Any = parse_yaml(text, where)
+    try:
+        return Target.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        if first["type"] == "extra_forbidden":
+            raise TargetError(f"{where}: unknown key '{place}'; {nearest(str(first['loc'][-1]), Target.model_fields)}") from None
+        message = first["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
+        raise TargetError(f"{where}: {place}: {message}") from None
+
+
+__all__ = ["FORMAT", "Rule", "Target", "Violation", "available", "get_target", "kind_of"]
