@@ -1,0 +1,65 @@
+"""Names of tensors in an ONNX graph: formats that speak of tensors need the graph that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitwright.errors import PolicyError, nearest
+from bitwright.translators import Layer
+
+OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer is in a graph: its nodes, its weight, and what the nodes read."""
+
+    nodes: tuple[str, ...]
+    weight: str
+    inputs: tuple[str, ...]
+
+
+def places(graph: str, layers: Sequence[Layer], of: str) -> Mapping[str, Place]:
+    """Return where each layer is, by its path: the node that reads the initializer ``PATH.weight``.
+
+    Raises:
+        PolicyError: no graph is given, it cannot be read, or a layer is not in it under its own name.
+    """
+    if not graph:
+        raise PolicyError(f"policy: {of} speaks of tensors of an ONNX graph; give it as --option graph=FILE.onnx")
+    try:
+        import onnx  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise PolicyError(f"policy: {of} needs the onnx package; pip install 'bitwright[onnx]'") from None
+    try:
+        loaded = onnx.load(graph, load_external_data=False)
+    except Exception as error:  # whatever protobuf raises on what is no model
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PolicyError(f"{Path(graph).name}: no ONNX graph ({reason[:100]}); give the float network's export") from None
+    weights = [tensor.name for tensor in loaded.graph.initializer]
+    found = {}
+    for layer in layers:
+        name = f"{layer.path}.weight"
+        if name not in weights:
+            raise PolicyError(f"{Path(graph).name}: no initializer '{name}' for a layer of {of}; {nearest(name, weights)}")
+        nodes = [node for node in loaded.graph.node if node.op_type in OPERATORS and name in list(node.input)[1:2]]
+        if not nodes:
+            raise PolicyError(
+                f"{Path(graph).name}: no convolution or matrix product reads '{name}'; export the network without transposing it"
+            )
+        found[layer.path] = Place(tuple(node.name for node in nodes), name, tuple(dict.fromkeys(node.input[0] for node in nodes)))
+    return found
+
+
+def widths_of_inputs(layers: Sequence[Layer], found: Mapping[str, Place], of: str) -> Mapping[str, int]:
+    """Return the width of each tensor that layers read; raises `PolicyError` where two sites ask for different ones."""
+    widths: dict[str, tuple[int, str]] = {}
+    for layer in layers:
+        for tensor in found[layer.path].inputs:
+            width, site = widths.setdefault(tensor, (layer.bits.a, layer.site.name))
+            if width != layer.bits.a:
+                asked = f"sites '{site}' and '{layer.site.name}' read the tensor '{tensor}' at {width} and {layer.bits.a} bits"
+                raise PolicyError(f"policy: {of} cannot say that {asked}; tie them")
+    return {tensor: width for tensor, (width, _) in widths.items()}

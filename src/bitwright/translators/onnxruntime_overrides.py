@@ -1,0 +1,66 @@
+"""ONNX Runtime: tensor overrides for ``quantize_static``, with the nodes that it must leave alone.
+
+The JSON holds ``TensorQuantOverrides`` with the names of quantization types (``QuantType.from_string`` reads them), and
+``nodes_to_exclude``. ONNX Runtime quantizes a node's weight and input together, in 4 or 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bitwright.errors import PolicyError
+from bitwright.policy import Bits
+from bitwright.translators import FLOAT, Layer, Subject, Translator, integer_widths
+from bitwright.translators._graph import places, widths_of_inputs
+
+_WEIGHTS = {4: "QInt4", 8: "QInt8"}
+_INPUTS = {4: "QUInt4", 8: "QUInt8"}
+_BITS = {"QInt4": 4, "QUInt4": 4, "QInt8": 8, "QUInt8": 8}
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOverrides(Translator):
+    """Tensor overrides; ``graph``: the float network's ONNX file, whose tensors they name."""
+
+    name: ClassVar[str] = "onnxruntime-overrides"
+
+    graph: str = ""
+
+    def unsaid(self, layer: Layer) -> str | None:
+        """Return why ONNX Runtime cannot say a layer's bits."""
+        if layer.bits == FLOAT:
+            return None
+        return integer_widths(layer.bits, tuple(_WEIGHTS), tuple(_INPUTS))
+
+    def write(self, layers: Sequence[Layer], subject: Subject) -> str:
+        """Return the overrides and the nodes that stay float."""
+        named = [layer for layer in layers if "#" not in layer.path]
+        found = places(self.graph, named, self.name)
+        chosen = [layer for layer in named if layer.bits != FLOAT]
+        overrides: dict[str, list[dict[str, Any]]] = {}
+        for layer in chosen:
+            overrides[found[layer.path].weight] = [{"quant_type": _WEIGHTS[layer.bits.w], "symmetric": True}]
+        for tensor, width in widths_of_inputs(chosen, found, self.name).items():
+            overrides[tensor] = [{"quant_type": _INPUTS[width]}]
+        excluded = [node for layer in named if layer.bits == FLOAT for node in found[layer.path].nodes]
+        return json.dumps({"TensorQuantOverrides": overrides, "nodes_to_exclude": excluded}, indent=1)
+
+    def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
+        """Return the bits by layer path."""
+        data = json.loads(text)
+        overrides, excluded = data["TensorQuantOverrides"], set(data["nodes_to_exclude"])
+        layers = [Layer(path, site, FLOAT) for site in subject.sites for path in site.layers if "#" not in path]
+        found, bits, used = places(self.graph, layers, self.name), dict[str, Bits](), set[str]()
+        for path, place in found.items():
+            if set(place.nodes) & excluded:
+                continue
+            widths = [_BITS[overrides[tensor][0]["quant_type"]] for tensor in (place.weight, *place.inputs)]
+            bits[path] = Bits(widths[0], max(widths[1:]))
+            used.update((place.weight, *place.inputs))
+        unknown = [tensor for tensor in overrides if tensor not in used]
+        if unknown:
+            raise PolicyError(f"policy: the file of {self.name} overrides {unknown[0]!r}, which no layer of a site reads")
+        return bits

@@ -1,0 +1,116 @@
+"""ONNX Runtime's quantizer takes the overrides, and the graph it writes has the policy's widths."""
+
+import json
+
+import numpy as np
+import pytest
+from translated import convolutional, onnx_graph, policy_of
+
+from bitwright.errors import PolicyError
+from bitwright.policy import Bits
+from bitwright.translators import FLOAT, translate, understand
+
+PAIRS = ((4, 8), (32, 32), (8, 8))
+
+
+@pytest.fixture
+def graph(tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    return onnx_graph(tmp_path / "float.onnx")
+
+
+def test_a_policy_comes_back(graph):
+    _, subject = convolutional()
+    policy = policy_of(subject, *PAIRS)
+    text = translate(policy, "onnxruntime-overrides", subject, graph=graph)
+    assert json.loads(text)["nodes_to_exclude"] == ["layer_0"]
+    assert understand(text, "onnxruntime-overrides", subject, graph=graph) == policy
+
+
+def test_onnxruntime_applies_the_file(graph, tmp_path):
+    ort = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is not installed")
+    import onnx
+
+    class Reader(ort.CalibrationDataReader):
+        def __init__(self):
+            self.left = [{"x": np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)}]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    _, subject = convolutional()
+    policy = policy_of(subject, *PAIRS)
+    data = json.loads(translate(policy, "onnxruntime-overrides", subject, graph=graph))
+    overrides = {
+        tensor: [{**entry, "quant_type": ort.QuantType.from_string(entry["quant_type"])} for entry in entries]
+        for tensor, entries in data["TensorQuantOverrides"].items()
+    }
+    out = tmp_path / "quantized.onnx"
+    ort.quantize_static(
+        graph,
+        out,
+        Reader(),
+        op_types_to_quantize=["Conv", "Gemm"],
+        nodes_to_exclude=data["nodes_to_exclude"],
+        extra_options={"TensorQuantOverrides": overrides},
+    )
+    assert applied(onnx.load(out), {"conv1": "conv1", "layer.0": "layer_0", "fc": "fc"}) == dict(policy)
+
+
+def applied(model, nodes):
+    """Return the bits of each layer from the types that its node reads through DequantizeLinear."""
+    from onnx import TensorProto
+
+    widths = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+
+    def width(tensor):
+        node = makers.get(tensor)
+        return widths[types[node.input[2]]] if node is not None and node.op_type == "DequantizeLinear" else 32
+
+    of_name = {node.name: node for node in model.graph.node}
+    return {layer: Bits(*(width(tensor) for tensor in reversed(of_name[node].input[:2]))) for layer, node in nodes.items()}
+
+
+def test_messages_of_graphs(graph, tmp_path):
+    _, subject = convolutional()
+    policy = policy_of(subject, *PAIRS)
+    with pytest.raises(PolicyError, match=r"speaks of tensors of an ONNX graph; give it as --option graph=FILE.onnx"):
+        translate(policy, "onnxruntime-overrides", subject)
+    (tmp_path / "junk.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(PolicyError, match=r"junk.onnx: no ONNX graph"):
+        translate(policy, "onnxruntime-overrides", subject, graph=str(tmp_path / "junk.onnx"))
+    import onnx
+
+    model = onnx.load(graph)
+    for node in model.graph.node:
+        if node.name == "fc":
+            node.op_type, node.input[1] = "Identity", "conv1.bias"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(PolicyError, match=r"no convolution or matrix product reads 'fc.weight'"):
+        translate(policy, "onnxruntime-overrides", subject, graph=str(tmp_path / "other.onnx"))
+    model.graph.initializer[0].name = "conv2.weight"
+    onnx.save(model, tmp_path / "renamed.onnx")
+    with pytest.raises(PolicyError, match=r"no initializer 'conv1.weight' for a layer .*; did you mean 'conv2.weight'"):
+        translate(policy, "onnxruntime-overrides", subject, graph=str(tmp_path / "renamed.onnx"))
+
+
+def test_one_tensor_has_one_width(graph, tmp_path):
+    import onnx
+
+    model = onnx.load(graph)
+    next(node for node in model.graph.node if node.name == "layer_0").input[0] = "x"
+    onnx.save(model, tmp_path / "shared.onnx")
+    _, subject = convolutional()
+    policy = policy_of(subject, (8, 8), (8, 4), FLOAT)
+    with pytest.raises(PolicyError, match=r"sites 'conv1' and 'layer.0' read the tensor 'x' at 8 and 4 bits; tie them"):
+        translate(policy, "onnxruntime-overrides", subject, graph=str(tmp_path / "shared.onnx"))
+
+
+def test_an_override_of_no_layer_is_refused(graph):
+    _, subject = convolutional()
+    data = json.loads(translate(policy_of(subject, *PAIRS), "onnxruntime-overrides", subject, graph=graph))
+    data["TensorQuantOverrides"]["e2"] = [{"quant_type": "QInt8"}]
+    with pytest.raises(PolicyError, match="overrides 'e2', which no layer of a site reads"):
+        understand(json.dumps(data), "onnxruntime-overrides", subject, graph=graph)

@@ -1,0 +1,66 @@
+"""torchao itself takes the file, and what it then holds has the policy's widths."""
+
+import json
+
+import pytest
+import torch
+from translated import perceptron, policy_of
+
+from bitwright.errors import PolicyError
+from bitwright.policy import Bits
+from bitwright.translators import translate, understand
+
+
+def test_torchao_applies_the_file():
+    config = pytest.importorskip("torchao.core.config", reason="torchao is not installed")
+    from torchao.quantization import quantize_
+
+    net, subject = perceptron()
+    policy = policy_of(subject, (3, 32), (4, 8), (1, 32), (32, 32))
+    read = config.config_from_dict(json.loads(translate(policy, "torchao", subject)))
+    quantize_(net, read, filter_fn=None)
+    applied = {}
+    for site in subject.sites:
+        weight = net.get_submodule(site.name).weight
+        width = getattr(weight, "target_dtype", None)
+        inputs = 8 if str(getattr(weight, "activation_quantization", None)).startswith("int8") else 32
+        applied[site.name] = Bits(32 if width is None else int(str(width).removeprefix("torch.int")), inputs)
+    assert applied == dict(policy)
+    assert net(torch.randn(2, 32)).shape == (2, 10)
+    # and what torchao writes itself is read
+    assert understand(json.dumps(config.config_to_dict(read)), "torchao", subject) == policy
+
+
+@pytest.mark.parametrize(
+    ("entry", "bits"),
+    [
+        ({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}, Bits(8, 32)),
+        ({"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}}, Bits(4, 32)),
+        ({"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": {}}, Bits(8, 8)),
+        ({"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {}}, Bits(8, 32)),
+    ],
+)
+def test_other_configurations_are_read(entry, bits):
+    _, subject = perceptron()
+    text = json.dumps({"_type": "FqnToConfig", "_version": 1, "_data": {"module_fqn_to_config": {"fc1": entry}}})
+    assert list(understand(text, "torchao", subject).values()) == [bits, *[Bits(32, 32)] * 3]
+
+
+@pytest.mark.parametrize(
+    ("key", "entry", "message"),
+    [
+        ("re:fc.*", None, "has the pattern 're:fc"),
+        ("_default", None, "has the pattern '_default'"),
+        ("fc1", {"_type": "Float8WeightOnlyConfig", "_data": {}}, "torchao's 'Float8WeightOnlyConfig' of 'fc1' has no integer widths"),
+    ],
+)
+def test_patterns_and_floats_are_refused(key, entry, message):
+    _, subject = perceptron()
+    with pytest.raises(PolicyError, match=message):
+        understand(json.dumps({"_type": "FqnToConfig", "_data": {"fqn_to_config": {key: entry}}}), "torchao", subject)
+
+
+def test_another_configuration_is_no_fqn_to_config():
+    _, subject = perceptron()
+    with pytest.raises(PolicyError, match="holds a 'Int8WeightOnlyConfig', expected a FqnToConfig of torchao"):
+        understand(json.dumps({"_type": "Int8WeightOnlyConfig", "_data": {}}), "torchao", subject)
