@@ -23,7 +23,7 @@ import csv
 import inspect
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -116,13 +116,13 @@ def images_of(scale: str, count: int, root: str) -> torch.Tensor:
     return (x * 255).round() / 255
 
 
-def compare(name: str, scale: str, root: str) -> list[dict[str, object]]:
+def compare(name: str, scale: str, root: str, chosen: Sequence[int]) -> list[dict[str, object]]:
     """Return a row for each severity; the ratio's standard error takes the two programs' draws as independent."""
     fixed = name in DETERMINISTIC
     images = images_of(scale, IMAGES[fixed], root)
     pictures = [Image.fromarray(image) for image in (images * 255).byte().permute(0, 2, 3, 1).numpy()]
     function, rows = reference_of(name, scale), []
-    for severity in SEVERITIES:
+    for severity in chosen:
         np.random.seed(severity)
         theirs = np.stack([np.asarray(function(picture, severity), np.float32) for picture in pictures]) / 255
         ours = np.concatenate([corrupt(part, name, severity, seeds=range(k, k + len(part))).numpy() for k, part in parts(images)])
@@ -144,11 +144,11 @@ def parts(images: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 
 
 def keep(rows: list[dict[str, object]]) -> None:
-    """Write rows into the CSV in place of those of the same corruption and scale."""
-    new = {(row["corruption"], row["scale"]) for row in rows}
+    """Write rows into the CSV in place of those of the same corruption, scale and severity."""
+    new = {(row["corruption"], row["scale"], str(row["severity"])) for row in rows}
     path = RESULTS / f"{NAME}.csv"
     old = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [row for row in old if (row["corruption"], row["scale"]) not in new] + rows
+    rows = [row for row in old if (row["corruption"], row["scale"], row["severity"]) not in new] + rows
     write(NAME, sorted(rows, key=lambda row: (row["scale"], CORRUPTIONS.index(row["corruption"]), int(row["severity"]))))
 
 
@@ -156,9 +156,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=CORRUPTIONS)
     parser.add_argument("--scale", choices=tuple(DATA))
+    parser.add_argument("--severities", type=int, nargs="+", default=SEVERITIES)
     arguments = parser.parse_args()
     mend()
     torch.set_num_threads(1)
     for chosen in arguments.names:
         for size in (arguments.scale,) if arguments.scale else tuple(DATA):
-            keep(compare(chosen, size, os.environ["BITWRIGHT_DATA"]))
+            keep(compare(chosen, size, os.environ["BITWRIGHT_DATA"], arguments.severities))

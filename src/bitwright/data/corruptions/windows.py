@@ -14,19 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Edge = Literal["nearest", "reflect", "mirror"]
-"""What lies beyond the edge, in scipy's words: aa|abc (nearest), ba|abc (reflect), cb|abc (mirror)."""
+Edge = Literal["nearest", "reflect", "mirror", "wrap"]
+"""What lies beyond the edge, in scipy's words: aa|abc (nearest), ba|abc (reflect), cb|abc (mirror), bc|abc (wrap)."""
 NEGLIGIBLE = 1e-7
 
 
 def beyond(index: Tensor, length: int, edge: Edge) -> Tensor:
     """Bring positions of any size back to 0 … length - 1.
 
-    >>> [beyond(torch.arange(-2, 5), 3, edge).tolist() for edge in ("nearest", "reflect", "mirror")]
-    [[0, 0, 0, 1, 2, 2, 2], [1, 0, 0, 1, 2, 2, 1], [2, 1, 0, 1, 2, 1, 0]]
+    >>> [beyond(torch.arange(-2, 5), 3, edge).tolist() for edge in ("nearest", "reflect", "mirror", "wrap")]
+    [[0, 0, 0, 1, 2, 2, 2], [1, 0, 0, 1, 2, 2, 1], [2, 1, 0, 1, 2, 1, 0], [1, 2, 0, 1, 2, 0, 1]]
     """
     if edge == "nearest":
         return index.clamp(0, length - 1)
+    if edge == "wrap":
+        return index.remainder(length)
     if edge == "reflect":
         index = index.remainder(2 * length)
         return torch.where(index < length, index, 2 * length - 1 - index)
@@ -139,12 +141,12 @@ def _at(x: Tensor, rows: Tensor, columns: Tensor, edge: Edge) -> Tensor:
     return x.flatten(2).gather(2, index.view(n, 1, -1).expand(-1, channels, -1)).view(n, channels, *rows.shape[1:])
 
 
-def shifted(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Return each image of [N, C, H, W] moved by whole pixels, int64 [N] each; its edge pixels fill what comes in."""
+def shifted(x: Tensor, down: Tensor, across: Tensor, edge: Edge) -> Tensor:
+    """Return each image of [N, C, H, W] moved by whole pixels, int64 [N] each."""
     height, width = x.shape[-2:]
     rows = torch.arange(height, device=x.device) - down[:, None]
     columns = torch.arange(width, device=x.device) - across[:, None]
-    return _at(x, rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1), "nearest")
+    return _at(x, rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1), edge)
 
 
 def trail(x: Tensor, radius: int, sigma: float, angles: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def trail(x: Tensor, radius: int, sigma: float, angles: Tensor) -> Tensor:
     for i, weight in enumerate(weights):
         if weight > NEGLIGIBLE:
             moves = [-torch.ceil(i * part - 0.5).long() for part in (sine, cosine)]
-            total += shifted(x, *moves) * float(weight)
+            total += shifted(x, moves[0], moves[1], "nearest") * float(weight)
     return total
 
 
