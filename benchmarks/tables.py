@@ -266,7 +266,8 @@ def claimed(rows: list[Row]) -> str:
     text = (
         f"Target {first['target']}, network `{first['model']}`, within `{first['budget']}`, float activations; SEAM, {first['steps']} "
         "steps of 64 images for every arm but *target epoch*, which sees all of the target. Then "
-        f"{first['finetune_epochs']} epoch(s) of the same fine-tuning on the target's labels. Differences are paired over test images, with 95 % intervals. Seconds are processor time on one thread."
+        f"{first['finetune_epochs']} epoch(s) of the same fine-tuning on the target's labels. Differences are paired over "
+        f"test images, with 95 % intervals. Seconds are processor time on one thread."
     )
     return f"## Transfer to {first['target']}, {first['model']}, after fine-tuning\n\n{text}\n\n{table(shown, columns)}\n"
 
@@ -300,7 +301,8 @@ def cost_of_search(rows: list[Row]) -> str:
     }
     text = (
         "CIFAR-10 ResNet-20. Published HAQ is 600 episodes, each of 79 batches of 256 images to train on and 10,000 to judge on: "
-        "counted, not run. As run here an episode trains nothing and is judged on 5,000 images. Losses are mean KL on the target's selection images."
+        "counted, not run. As run here an episode trains nothing and is judged on 5,000 images. Losses are mean KL on the "
+        "target's selection images."
     )
     return f"## What a search costs\n\n{text}\n\n{table(shown, columns)}\n"
 
@@ -325,7 +327,8 @@ def post_training(rows: list[Row]) -> str:
     text = (
         "512 unlabelled training images (MobileNetV2: the 480 there are) choose the policy and correct the network; nothing is "
         "trained. Averages are over all layers, ends included; activations 8 bits. `uniform` has one width everywhere and the same "
-        "quantizer and corrections; differences to it are paired over images, with 95 % intervals. Seconds are processor time on one thread."
+        "quantizer and corrections; differences to it are paired over images, with 95 % intervals. Seconds are processor "
+        "time on one thread."
     )
     ablation = ""
     if steps:
