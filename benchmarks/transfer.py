@@ -2,13 +2,13 @@
 
     python benchmarks/transfer.py --data-root DATA --weights RESNET20.th [--arms …] [--finetune EPOCHS] [--runs runs/transfer]
     python benchmarks/transfer.py --data-root DATA --model cifar_resnet56 --weights RESNET56.th --finetune 1
-    python benchmarks/transfer.py --data-root DATA --target cifar100 --weights RUN/float.safetensors --finetune 1
+    python benchmarks/transfer.py --data-root DATA --target cifar100 --weights runs/cifar100-resnet20-seam/float.safetensors --finetune 1
     python benchmarks/transfer.py --data-root DATA --target imagenette224 --model folded --weights MOBILENET_V2.npz --finetune 5
 
 Every proxy arm searches with the same method and steps. For CIFAR-10 proxies have 2,000 images (4 % of its 50,000): good ones
 (CIFAR-10 itself, CIFAR-100, Fashion-MNIST), the same without the margin term, and bad ones (noise, constant, labels shuffled, one
 class, blurred, grey, 40 images). For CIFAR-100 the proxy is 800 images of CIFAR-10 (4 % of the 20,000 there are); its float
-network comes from `bitwright run cifar100-resnet20-float`. For the 224-pixel subset proxies are 2,000 images of CIFAR: that tells of
+network comes from `bitwright run cifar100-resnet20-seam`. For the 224-pixel subset proxies are 2,000 images of CIFAR: that tells of
 transfer across size and stem, not of scale. Beside them: the same search on the target with as many steps ("target") and with one
 pass over all of it ("target epoch"), uniform, and 20 random policies within the same budget. Measured on the target: the loss before
 any training, and with --finetune the test accuracy after so many epochs on the labels, the same for every policy, with its paired
