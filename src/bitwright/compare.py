@@ -25,7 +25,7 @@ from typing import Any
 from bitwright import runs
 from bitwright.claims import claim
 from bitwright.driver import SearchMethod, Stop, search
-from bitwright.errors import BitwrightError, BudgetError, DataError, RunError
+from bitwright.errors import BitwrightError, BudgetError, DataError, RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.job import Job, Log
 from bitwright.measure import found, keep_correct, row_of, trained
@@ -74,6 +74,8 @@ def compare(
         BudgetError: a budget cannot be met, or no method could run at one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if recipe.search.stop_at is not None:
+        raise RecipeError("compare: search.stop_at would stop some methods before others; leave it out, or give search.steps")
     path = Path(out or Path("runs") / f"{recipe.name}-compare")
     work = Comparison.open(recipe, path, data_root=data_root, device=device, log=log, made_by=made_by)
     with threads(recipe.threads):

@@ -31,6 +31,7 @@ from bitwright.allocation import repair
 from bitwright.errors import BitwrightError, PolicyError, RunError, TrainingError
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem
+from bitwright.stopping import Stop as Stop  # noqa: PLC0414 - a part of what this module offers
 
 S = TypeVar("S")
 Status = Literal["done", "stopped", "interrupted"]
@@ -71,22 +72,6 @@ class Trial:
     loss: float
     repaired: bool
     seconds: float
-
-
-@dataclass(frozen=True)
-class Stop:
-    """When to stop before the method is done: after so many steps or seconds, in all, earlier sessions included."""
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    def reached(self, steps: int, seconds: float) -> bool:
-        """Say whether it is time.
-
-        >>> Stop(steps=3).reached(3, 0.0), Stop(seconds=9).reached(3, 0.0)
-        (True, False)
-        """
-        return (self.steps is not None and steps >= self.steps) or (self.seconds is not None and seconds >= self.seconds)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from bitwright.baselines import baselines_stage
 from bitwright.certificate import certify
 from bitwright.data import Split, parse_conditions
 from bitwright.deployment import file_name
-from bitwright.driver import SearchMethod, Stop, search
+from bitwright.driver import SearchMethod, search
 from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.exporters import export
@@ -34,6 +34,8 @@ from bitwright.models import available, load_weights
 from bitwright.policy import Policy
 from bitwright.recipe import ExportSection, Recipe, load_recipe, make_options
 from bitwright.report import render
+from bitwright.robustness import Goal
+from bitwright.stopping import Stop, watch
 from bitwright.training import FinetuneOptions, finetune
 from bitwright.training.losses import bin_statistics
 
@@ -166,12 +168,18 @@ def search_stage(job: Job) -> dict[str, Any]:
     method: SearchMethod[Any] = make_options(get_method(section.method), section.options, "search.options")
     problem = job.search_problem
     write_json(job, "sites.json", job.sites_table())
+    look, goal = _watch(job)
+
+    def log(row: Mapping[str, Any]) -> None:
+        look(row)
+        job.log("search", row)
+
     result = search(
         problem,
         method,
         out=job.run.path,
-        stop=Stop(section.steps, section.seconds),
-        log=lambda row: job.log("search", row),
+        stop=Stop(section.steps, section.seconds, goal),
+        log=log,
         never_worse=section.never_worse,
         save_every=section.save_every,
     )
@@ -183,6 +191,16 @@ def search_stage(job: Job) -> dict[str, Any]:
         write_json(job, "certificate.json", certify(job.problem, problem, result.policy))
     write_json(job, "search.json", {**record, "uniform": uniform})
     return {name: record[name] for name in ("method", "status", "steps", "loss", "costs")}
+
+
+def _watch(job: Job) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[], bool] | None]:
+    """Return what sees every line of the search, and what stops it at the recipe's accuracy: that of the quantized network on selection."""
+    text = job.recipe.search.stop_at
+    if text is None:
+        return lambda row: None, None
+    goal = Goal.parse(text)
+    earlier = runs.read_jsonl(job.run.path / "search.jsonl")
+    return watch(lambda policy: goal.measure(job.quantize(policy), job.data.selection), goal.accuracy, earlier)
 
 
 def finetune_stage(job: Job) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
 from bitwright.quant import QuantOptions
 from bitwright.quant.corrections import Step
+from bitwright.robustness import Goal
 from bitwright.targets import get_target
 from bitwright.training import FinetuneOptions
 
@@ -125,6 +126,7 @@ class SearchSection(Section):
     tie: list[list[str]] = Field(default_factory=list)
     steps: int | None = Field(default=None, ge=1)
     seconds: float | None = Field(default=None, gt=0)
+    stop_at: str | None = None
     save_every: int = Field(default=50, ge=1)
     never_worse: bool = False
     proxy: ProxySection | None = None
@@ -258,6 +260,8 @@ class Recipe(Section):
         data = self.model_dump(mode="json", by_alias=True)
         if data["data"]["quality"] is None:  # what a recipe does not have leaves no trace: runs begun before it was there go on
             del data["data"]["quality"]
+        if self.search.stop_at is None:
+            del data["search"]["stop_at"]
         return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate", "target")}
 
     def to_yaml(self) -> str:
@@ -399,6 +403,8 @@ def _known_keys(loc: Iterable[int | str]) -> list[str]:
 def _check_options(recipe: Recipe) -> None:
     """Check the free sections against the dataclasses that will receive them, before anything runs."""
     make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
+    if recipe.search.stop_at is not None:
+        _check_stop_at(recipe.search.method, recipe.search.stop_at)
     _check_deployment(recipe, make_options(QuantizeOptions, recipe.quantize, "quantize"))
     if recipe.evaluate is not None and recipe.evaluate.conditions:
         parse_conditions(recipe.evaluate.conditions)
@@ -424,6 +430,14 @@ def _check_deployment(recipe: Recipe, options: QuantizeOptions) -> None:
     if recipe.export is not None and recipe.export.to == "packed" and (points or options.integer):
         what = f"the points of target {recipe.target} ({', '.join(points)})" if points else "scales 'power_of_two'"
         raise RecipeError(f"recipe: export.to is packed, and a packed file cannot say {what}; give export.to=onnx, or quantize.points=[]")
+
+
+def _check_stop_at(method: str, text: str) -> None:
+    """Check the accuracy at which a search stops, and that its method finds policies that can be judged by themselves."""
+    Goal.parse(text)
+    if get_method(method).ranking == "last":
+        why = f"'{method}' trains the weights while it searches, so no policy before its last can be judged by itself"
+        raise RecipeError(f"recipe: search.stop_at: {why}; give search.steps or search.seconds, or stop_at to finetune")
 
 
 def _check_compare(recipe: Recipe, section: CompareSection) -> None:

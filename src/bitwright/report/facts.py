@@ -114,7 +114,7 @@ def alarms(facts: Facts) -> list[str]:
     """Return what a reader should know before trusting the result, one sentence each."""
     found = []
     if facts.found.get("status") == "stopped":
-        found.append("The search was stopped by a step or time limit before the method was done.")
+        found.append("The search was stopped by a step or time limit, or at an accuracy, before the method was done.")
     if facts.certificate and not facts.certificate["safe"]:
         found.append("The policy is not safe to transfer from its proxy: " + "; ".join(facts.certificate["reasons"]) + ".")
     if facts.additivity.get("warning"):
