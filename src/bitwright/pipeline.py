@@ -18,6 +18,9 @@ import torch
 from torch import nn
 
 from bitwright import runs
+from bitwright.adaptive.files import space_of
+from bitwright.adaptive.stages import NEEDS as ADAPTIVE_NEEDS
+from bitwright.adaptive.stages import adaptive_stage, bank_stage, evaluate_adaptive
 from bitwright.baselines import baselines_stage
 from bitwright.certificate import certify
 from bitwright.data import Split, parse_conditions
@@ -90,19 +93,26 @@ def run_stages(job: Job, stages: Sequence[str] = (), *, again: bool = False) -> 
 
 
 def _run_missing(job: Job, stages: Sequence[str]) -> None:
-    wanted = [name for name in STAGES if (name in stages if stages else _in_recipe(job.recipe, name))]
-    needed = [name for name in ("float", "search", "finetune") if any(name in NEEDS[stage] for stage in wanted)]
-    todo = [name for name in STAGES if (name in wanted or name in needed) and not job.run.finished(name)]
+    plan, needs = plan_of(job.recipe)
+    for name in stages:
+        if name not in plan:
+            raise RunError(f"{job.run.path}: an adaptive run has no stage '{name}'; it has {', '.join(plan)}")
+    wanted = [name for name in plan if (name in stages if stages else _in_recipe(job.recipe, name))]
+    needed = [name for name in plan if any(name in needs[stage] for stage in wanted)]
+    todo = [name for name in plan if (name in wanted or name in needed) and not job.run.finished(name)]
     if todo and job.run.finished("report"):
         todo.append("report")  # what it shows is about to change
-    if "float" in todo or "search" in todo:
+    if "adaptive" in todo:
+        check_trainable(job.recipe)
+        space_of(job)  # a budget that cannot be kept is an error before anything is trained
+    elif "float" in todo or "search" in todo:
         check_trainable(job.recipe)
         job.problem_of(job.untrained).check()
         job.proxy_data  # noqa: B018  (a proxy that is not there is an error before anything is trained)
     for name in todo:
         started = time.monotonic()
         job.log(name, {"status": "started"})
-        facts = STAGES[name](job)
+        facts = plan[name](job)
         job.run.finish(name, seconds=round(time.monotonic() - started, 2), **facts)
         job.log(name, {"status": "finished", **job.run.manifest["stages"][name]})
 
@@ -126,6 +136,7 @@ def reopen(job: Job, stages: Sequence[str]) -> None:
         "finetune": ("checkpoint/finetune*",),
         "float": ("float/*", PROXY),
         "baselines": ("baselines*",),
+        "adaptive": ("checkpoint/adaptive*",),
     }
     for name in stages:
         for path in sorted(path for pattern in leftovers.get(name, ()) for path in job.run.path.glob(pattern)):
@@ -224,6 +235,8 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
 
 def _evaluate(job: Job, conditions: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Write evaluation.json and return the accuracies."""
+    if job.recipe.adaptive is not None:
+        return evaluate_adaptive(job, conditions, seeds)
     networks = {"float": (job.network, job.float_policy), "quantized": (job.quantized, job.policy)}
     results = {name: evaluate(network, job.data.test, conditions=conditions, seeds=seeds) for name, (network, _) in networks.items()}
     record = {name: {**result.to_dict(), **job.describe(networks[name][1])} for name, result in results.items()}
@@ -273,6 +286,8 @@ def export_file(
     Raises:
         ExportError: an unknown format or option, or the file does not reproduce the network; nothing is then left of it.
     """
+    if job.recipe.adaptive is not None:
+        raise RunError(f"{job.run.path}: an adaptive network is exported as a bank; type `bitwright export {job.run.path}` alone")
     section = job.recipe.export or ExportSection()
     to = to or section.to
     chosen = {**(section.options if to == section.to else {}), **(options or {})}
@@ -347,7 +362,7 @@ def summary(job: Job) -> dict[str, Any]:
     """Return what a run has so far, as JSON-able data: stages, policy, costs, accuracies, baselines, files."""
     path = job.run.path
     result: dict[str, Any] = {"run": str(path), "recipe": job.recipe.name, "stages": job.run.manifest["stages"]}
-    for name in ("search", "additivity", "evaluation", "baselines", "export/export"):
+    for name in ("search", "additivity", "evaluation", "baselines", "promise", "export/export"):
         file = path / f"{name}.json"
         if file.is_file():
             result[name.rpartition("/")[2]] = json.loads(file.read_text("utf-8"))
@@ -368,6 +383,15 @@ STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "report": report_stage,
 }
 """Every stage by name, in order."""
+
+
+def plan_of(recipe: Recipe) -> tuple[dict[str, Callable[[Job], dict[str, Any]]], dict[str, tuple[str, ...]]]:
+    """Return the stages that a recipe may have, in order, and which of them each one needs."""
+    if recipe.adaptive is None:
+        return STAGES, NEEDS
+    own = {"adaptive": adaptive_stage, "evaluate": evaluate_stage, "export": bank_stage, "report": report_stage}
+    return {"float": float_stage, **own}, ADAPTIVE_NEEDS
+
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "float": (),

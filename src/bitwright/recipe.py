@@ -242,6 +242,7 @@ class Recipe(Section):
     search: SearchSection
     quantize: Options = Field(default_factory=dict)
     finetune: Options | None = None
+    adaptive: Options | None = None
     teacher: TeacherSection | None = None
     baselines: BaselinesSection | None = None
     compare: CompareSection | None = None
@@ -262,7 +263,7 @@ class Recipe(Section):
             del data["data"]["quality"]
         if self.search.stop_at is None:
             del data["search"]["stop_at"]
-        return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate", "target")}
+        return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate", "target", "adaptive")}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
@@ -412,7 +413,11 @@ def _check_options(recipe: Recipe) -> None:
     for place, section in (("float", recipe.float_training), ("finetune", recipe.finetune), ("search.proxy.adapt", adapt)):
         if section is not None:
             make_options(FinetuneOptions, section, place)
-    if recipe.export is not None:
+    if recipe.adaptive is not None:
+        from bitwright.adaptive.files import check_recipe  # noqa: PLC0415  (it needs recipes)
+
+        check_recipe(recipe)
+    elif recipe.export is not None:
         make_options(exporter(recipe.export.to), recipe.export.options, "export.options")
     if recipe.baselines is not None:
         for name in recipe.baselines.methods:

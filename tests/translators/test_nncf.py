@@ -14,9 +14,11 @@ SLOW = "NNCF compiles an extension when it first quantizes; set BITWRIGHT_TEST_N
 
 
 def hooked(network, kind):
-    """Return what NNCF has put at each parameter or call: hooks of modules with a class name like ``kind``, by the layer's path."""
+    """Return what NNCF has put on weights, by the layer's path: at the parameter itself, or at operand 1 of the layer's call."""
     found = {name.split(".")[-2]: type(module).__name__ for name, module in network.named_modules() if kind in type(module).__name__}
-    return {name.partition("__")[0].replace(":", ".").removesuffix(".weight"): made for name, made in found.items() if "weight" in name}
+    weights = {at.removesuffix(":weight__0").replace(":", "."): made for at, made in found.items() if at.endswith(":weight__0")}
+    calls = {at.rsplit("/", 2)[0].replace("/", "."): made for at, made in found.items() if at.endswith("/0__1")}
+    return weights | calls
 
 
 def called(nncf, net, text, x):

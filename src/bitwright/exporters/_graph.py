@@ -166,16 +166,16 @@ def _replace_quantizers(model: nn.Module) -> tuple[Mark, ...]:
 
 
 def _program(exported: Any, marks: tuple[Mark, ...], layers: dict[str, tuple[str, Bits]]) -> Program:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))
+    copied = [node.name for node in graph.nodes if node.op == "placeholder"]  # a name such as "input" is changed by the copy
     constants, paths, inputs = {}, {}, []
-    for spec in exported.graph_signature.input_specs:
-        name = spec.arg.name
+    for name, spec in zip(copied, exported.graph_signature.input_specs, strict=True):
         if spec.kind.name == "USER_INPUT":
             inputs.append(name)
         else:
             held = exported.state_dict if spec.target in exported.state_dict else exported.constants
             constants[name], paths[name] = held[spec.target].detach(), spec.target
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(exported.graph, {}))
     return Program(graph, tuple(inputs), constants, paths, marks, layers)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ from bitwright.exporters._writing import Writer
 OPSET, IR = 21, 10
 OPSET_INT2, IR_INT2 = 25, 13
 """What the standard needs for INT2."""
+QONNX_DOMAIN = "qonnx.custom_op.general"
+"""Where the operators of QONNX are: a file with them is of another format."""
 INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
 
 
@@ -54,11 +56,12 @@ class QDQ(ActivationForm):
 
 @dataclass(frozen=True)
 class Written:
-    """A program and the model that was made of it."""
+    """A program and the model that was made of it; ``tensors`` names what each node of the program became."""
 
     program: Program
     model: Any
     emitted: Emitted
+    tensors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Onnx(Exporter):
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """Return whether a file is one of ours."""
-        return path.suffix == ".onnx" and FORMAT.encode() in path.read_bytes()
+        data = path.read_bytes() if path.suffix == ".onnx" else b""
+        return FORMAT.encode() in data and QONNX_DOMAIN.encode() not in data
 
     @classmethod
     def verify(cls, path: Path, model: Any = None) -> Verification:
@@ -139,11 +143,18 @@ def required(package: str) -> Any:
         raise ExportError(f"export: {package} is not installed ({error}); type pip install 'bitwright[onnx]'") from None
 
 
-def written(onnx: Any, program: Program, source: Source, form: Form, domains: Mapping[str, int] | None = None) -> Written:
-    """Return a program as an ONNX model."""
+def written(
+    onnx: Any,
+    program: Program,
+    source: Source,
+    form: Form,
+    domains: Mapping[str, int] | None = None,
+    emits: type[Emission] = Emission,
+) -> Written:
+    """Return a program as an ONNX model, written by a kind of `Emission`."""
     writer = Writer(onnx, program.inputs[0])
     writer.taken.update(program.inputs)
-    emission = Emission(writer, program, form)
+    emission = emits(writer, program, form)
     emitted = emission.write()
     outputs = []
     for k, name in enumerate(emission.outputs):
@@ -158,7 +169,8 @@ def written(onnx: Any, program: Program, source: Source, form: Form, domains: Ma
     imports += [helper.make_opsetid(domain, version) for domain, version in (domains or {}).items()]
     model = helper.make_model(graph, opset_imports=imports, producer_name="bitwright")
     model.ir_version = IR_INT2 if two else IR
-    return Written(program, model, emitted)
+    tensors = {node.name: value for node, value in emission.env.items() if isinstance(value, str)}
+    return Written(program, model, emitted, tensors)
 
 
 def _output_values(program: Program) -> list[Any]:
