@@ -133,10 +133,12 @@ class Verification:
 class Exporter(ABC):
     """One format. Subclasses are frozen dataclasses of options, one in a file whose name is the format's.
 
-    ``suffixes`` are the endings of its files; the first is what `export` gives a file that is not named.
+    ``suffixes`` are the endings of its files; the first is what `export` gives a file that is not named. ``companions`` are endings
+    of further files that belong to one: `write` makes them by adding the ending to the name of the first.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()
+    companions: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
@@ -235,13 +237,17 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = exporter.write(source, partial)
         found = exporter.check(source, partial)
+        for ending in kind.companions:
+            partial.with_name(partial.name + ending).replace(path.with_suffix(ending))
         partial.replace(path)
         _write_parity(path, to, found)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written ({error.strerror or error}); free space or give another path") from error
     finally:
-        partial.unlink(missing_ok=True)
-    return Artefact(path, to, path.stat().st_size, parts, found.levels, found.largest_difference, found.parity)
+        for name in (partial.name, *(partial.name + ending for ending in kind.companions)):
+            partial.with_name(name).unlink(missing_ok=True)
+    size = path.stat().st_size + sum(path.with_suffix(ending).stat().st_size for ending in kind.companions)
+    return Artefact(path, to, size, parts, found.levels, found.largest_difference, found.parity)
 
 
 def _write_parity(path: Path, to: str, found: Check) -> None:

@@ -85,11 +85,13 @@ class Form:
         activations: how activations are rounded.
         native: whether weights of up to 4 bits have types of their own width where the runtime can use them.
         round_biases: whether biases become integers of the accumulator.
+        clip_codes: whether a clip before a quantizer becomes a clip of its codes; else it stays as it is.
     """
 
     activations: ActivationForm
     native: bool = False
     round_biases: bool = True
+    clip_codes: bool = True
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Emission:
         self.writer, self.program, self.form = writer, program, form
         self.env: dict[fx.Node, Any] = {}
         self.steps: dict[str, float] = {}
+        self.names: dict[fx.Node, str] = {}
         self.emitted = Emitted()
         self.outputs: list[str] = []
 
@@ -144,7 +147,14 @@ class Emission:
             return values[0][values[1]]
         if not any(isinstance(leaf, str) and leaf in self.writer.taken for leaf in leaves):
             return cast(Any, node.target)(*values, **node.kwargs)
-        return operate(self.writer, node, values, self._product(node) if kind in ("matmul", "bmm") else "")
+        return operate(self.writer, node, values, self._name(node, kind))
+
+    def _name(self, node: fx.Node, kind: str) -> str:
+        """Return a name for the node of a product, or of a BatchNorm that stays beside its layer; empty for any other."""
+        if kind == "batch_norm":
+            layer = self.names.get(cast(fx.Node, node.args[0]))
+            return "" if layer is None else f"{layer}/norm"
+        return self._product(node) if kind in ("matmul", "bmm") else ""
 
     def _product(self, node: fx.Node) -> str:
         """Return the address of a product of two activations on grids, for the name of its node."""
@@ -158,8 +168,8 @@ class Emission:
 
     def _only_quantized(self, node: fx.Node) -> bool:
         """Return whether one quantizer, with zero on its grid, is all that reads a node."""
-        users = list(node.users)
-        if len(users) != 1 or kind_of(users[0]) != "mark" or not isinstance(self.env[cast(fx.Node, node.args[0])], str):
+        users, source = list(node.users), self.env[cast(fx.Node, node.args[0])]
+        if not self.form.clip_codes or len(users) != 1 or kind_of(users[0]) != "mark" or not isinstance(source, str):
             return False
         return not is_binary(self.program.marks[cast(int, users[0].args[1])].quantizer)
 
@@ -238,7 +248,7 @@ class Emission:
         w, step = self._weight(weight, affine, node, name, layer_bits)
         b = self._bias(bias, affine, self.steps.get(x), step, name)
         out = self._linear(node, x, w, b, name) if kind in ("linear", "addmm") else self._convolution(kind, values, x, w, b, name)
-        self.env[last] = out
+        self.env[last], self.names[node] = out, name
         return out
 
     def _transposed(self, coded: Coded) -> Coded:

@@ -25,22 +25,29 @@ LARGEST_ANSWER = 65536
 Runner = Callable[[bytes, Mapping[str, Any]], list[Any]]
 
 
-def stamp(onnx: Any, model: Any, source: Source, program: Program, emitted: Emitted, allowed: float) -> None:
-    """Write into a model what `verify_file` needs; ``allowed`` is how far outputs may be from the network's, as a share."""
+def content_text(source: Source, program: Program, emitted: Emitted, allowed: float, form: str = FORMAT) -> str:
+    """Return what a file says of itself, as JSON; ``allowed`` is how far outputs may be from the network's, as a share."""
     policy = source.policy or Policy(emitted.layers)
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.inputs]
     shapes = [[size if isinstance(size, int) else SAMPLES for size in value.shape] for value in inputs]
     dtypes = [str(value.dtype).removeprefix("torch.") for value in inputs]
     content = {
-        "format": FORMAT,
+        "format": form,
         "policy": json.loads(policy.to_json()),
+        "layers": {name: list(bits) for name, bits in emitted.layers.items()},
         "weights": [[r.address, list(r.bits), r.initializer, r.axis] for r in emitted.weights],
         "activations": [[p.name, p.bits, p.codes, p.low + p.zero, p.high + p.zero] for p in emitted.points if p.codes],
         "sample": {"inputs": [list(pair) for pair in zip(shapes, dtypes, strict=True)], "answer": _answer(source, shapes, dtypes)},
         "allowed": allowed,
     }
-    onnx.helper.set_model_props(model, {KEY: json.dumps(content, separators=(",", ":"))})
-    onnx.helper.set_model_props(model, {KEY: json.dumps(content, separators=(",", ":")), SUM: checksum(model)})
+    return json.dumps(content, separators=(",", ":"))
+
+
+def stamp(onnx: Any, model: Any, source: Source, program: Program, emitted: Emitted, allowed: float) -> None:
+    """Write into a model what `verify_file` needs."""
+    content = content_text(source, program, emitted, allowed)
+    onnx.helper.set_model_props(model, {KEY: content})
+    onnx.helper.set_model_props(model, {KEY: content, SUM: checksum(model)})
 
 
 def _answer(source: Source, shapes: list[list[int]], dtypes: list[str]) -> list[Any] | None:
@@ -86,16 +93,16 @@ def read_model(onnx: Any, path: Path) -> Any:
     return model
 
 
-def content_of(path: Path, model: Any) -> dict[str, Any]:
-    """Return what a model's metadata say, the policy parsed."""
+def content_of_text(name: str, text: str, form: str = FORMAT) -> dict[str, Any]:
+    """Return what a file says of itself, the policy parsed; raises `ExportError` for anything else."""
     try:
-        content = json.loads({entry.key: entry.value for entry in model.metadata_props}[KEY])
-        if content["format"] != FORMAT:
-            raise ExportError(f"{path.name}: its format is {content['format']!r}, expected '{FORMAT}'")
+        content = json.loads(text)
+        if content["format"] != form:
+            raise ExportError(f"{name}: its format is {content['format']!r}, expected '{form}'")
         content["policy"] = Policy.from_json(json.dumps(content["policy"]))
         return dict(content)
     except (ValueError, KeyError, TypeError, PolicyError, RecursionError) as error:
-        raise ExportError(f"{path.name}: its metadata do not parse ({type(error).__name__}); export it again") from None
+        raise ExportError(f"{name}: its metadata do not parse ({type(error).__name__}); export it again") from None
 
 
 def verify_file(onnx: Any, path: Path, runner: Runner) -> Verification:
@@ -105,7 +112,7 @@ def verify_file(onnx: Any, path: Path, runner: Runner) -> Verification:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:
         raise ExportError(f"{path.name}: refused by onnx.checker ({str(error).strip().splitlines()[0][:160]})") from None
-    content = content_of(path, model)
+    content = content_of_text(path.name, {entry.key: entry.value for entry in model.metadata_props}[KEY])
     try:
         weights = [_weight_check(onnx, model, *entry) for entry in content["weights"]]
         inputs = [sample_of(shape, dtype) for shape, dtype in content["sample"]["inputs"]]
@@ -113,7 +120,7 @@ def verify_file(onnx: Any, path: Path, runner: Runner) -> Verification:
         data, count = _with_outputs(onnx, model, [entry[2] for entry in content["activations"]]), len(model.graph.output)
         found = runner(data, dict(zip(names, inputs, strict=True)))
         activations = [_activation_check(entry, codes) for entry, codes in zip(content["activations"], found[count:], strict=True)]
-        agrees, allowed = _same_answer(content["sample"]["answer"], found[0]), float(content["allowed"])
+        agrees, allowed = answer_gap(content["sample"]["answer"], found[0]), float(content["allowed"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ExportError(f"{path.name}: its metadata do not fit its graph ({type(error).__name__}: {str(error)[:80]})") from None
     return Verification(path, "onnx", content["policy"], (*weights, *activations), SAMPLES, agrees, allowed).checked()
@@ -146,7 +153,7 @@ def _with_outputs(onnx: Any, model: Any, tensors: list[str]) -> bytes:
     return bytes(changed.SerializeToString())
 
 
-def _same_answer(answer: list[Any] | None, found: Any) -> float | None:
+def answer_gap(answer: list[Any] | None, found: Any) -> float | None:
     """Return how far an output is from the answer that was kept, as a share of the largest; None where none was kept."""
     if answer is None:
         return None

@@ -99,6 +99,8 @@ def operate(writer: Writer, node: fx.Node, values: Values, name: str = "") -> An
         if alpha != 1:
             right = writer.node("Mul", [text(writer, right), text(writer, alpha)])
         return writer.node(_BINARY[kind], [text(writer, values[0]), text(writer, right)], name=name)
+    if kind == "batch_norm":
+        return _batch_norm(writer, values, name)
     if kind in _OPERATORS:
         return _OPERATORS[kind](writer, node, values)
     where = module_of(node)
@@ -274,10 +276,11 @@ def _normalised(writer: Writer, node: fx.Node, values: Values) -> str:
     return str(writer.node("LayerNormalization", [values[0], text(writer, weight), *bias], axis=-axes, epsilon=epsilon))
 
 
-def _batch_norm(writer: Writer, node: fx.Node, values: Values) -> str:
+def _batch_norm(writer: Writer, values: Values, name: str) -> str:
     x, weight, bias, mean, var = values[:5]
     weight, bias = (torch.ones_like(mean) if weight is None else weight), (torch.zeros_like(mean) if bias is None else bias)
-    return str(writer.node("BatchNormalization", [x, *(text(writer, v) for v in (weight, bias, mean, var))], epsilon=float(values[7])))
+    inputs = [x, *(text(writer, v) for v in (weight, bias, mean, var))]
+    return str(writer.node("BatchNormalization", inputs, name=name, epsilon=float(values[7])))
 
 
 def _group_norm(writer: Writer, node: fx.Node, values: Values) -> str:
@@ -343,7 +346,6 @@ _OPERATORS: dict[str, Operator] = {
     "select": _select,
     "expand": _expand,
     "layer_norm": _normalised,
-    "batch_norm": _batch_norm,
     "group_norm": _group_norm,
     "softmax": _softmax,
     "gelu": _gelu,

@@ -156,9 +156,8 @@ def written(
     writer.taken.update(program.inputs)
     emission = emits(writer, program, form)
     emitted = emission.write()
-    outputs = []
-    for k, name in enumerate(emission.outputs):
-        outputs.append(writer.node("Identity", [name], name="output" if len(emission.outputs) == 1 else f"output{k}"))
+    taken: set[str] = set(program.inputs)
+    outputs = [name if name not in taken and not taken.add(name) else writer.node("Identity", [name]) for name in emission.outputs]  # type: ignore[func-returns-value]
     helper = onnx.helper
     inputs = [_value_info(onnx, node.name, node.meta["val"]) for node in program.graph.nodes if node.name in program.inputs]
     leaves = _output_values(program)
