@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -63,22 +64,29 @@ class Planted:
         return adapt(self.model, self.space, self.fit.batch(torch.arange(256))[0], options)
 
 
-def planted(monkeypatch, options: ActorOptions | None = None, *, share: float = 0.55) -> Planted:
-    """Build it: the budget leaves four bits to ``share`` of the images, after the actor is paid for."""
-    monkeypatch.setattr(actor, "SHARE", 1e9)
+@functools.cache
+def learned() -> tuple[Narrow, TensorSplit]:
+    """Return the float network, trained, and its images."""
     torch.manual_seed(0)
-    model = Narrow()
-    fit = images(512)
+    model, fit = Narrow(), images(512)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     x, y = fit.batch(torch.arange(512))
     for _ in range(300):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
+    return model.eval(), fit
+
+
+def planted(monkeypatch, options: ActorOptions | None = None, *, share: float = 0.55) -> Planted:
+    """Build it: the budget leaves four bits to ``share`` of the images, after the actor is paid for."""
+    monkeypatch.setattr(actor, "SHARE", 1e9)
+    model, fit = learned()
+    x = fit.batch(torch.arange(64))[0]
     found = trace(model, x[:1])
     choices = {"first": [Bits(8, 8)], "middle": list(CHOICES), "last": [Bits(8, 8)]}
     space = Space.of(found, choices, 1)
     macs = found["middle"].macs
     probe = adapt(model, space, x[:64], options)
     limit = round(space.fixed + probe.actor.macs * 64 + macs * (1 + 15 * share))
-    return Planted(model.eval(), Space.of(found, choices, limit), fit, images(400, seed=1))
+    return Planted(model, Space.of(found, choices, limit), fit, images(400, seed=1))

@@ -181,6 +181,9 @@ def train_adaptive(
     trainer = _Trainer(net, data, options, training, seed, out)
     with torch.random.fork_rng(devices=[]):
         trainer.run(log)
+        bad = next((name for name, value in net.state_dict().items() if not bool(torch.isfinite(value).all())), None)
+        if bad is not None:
+            raise TrainingError(f"after the last step '{bad}' holds values that are not finite; lower finetune.lr or check the data")
         settle_price(net, data.take(max(2, options.calibration)))
         promise = check(net, held_out, seed=seed)
     set_memory_order(net.eval(), channels_last=False)

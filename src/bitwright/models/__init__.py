@@ -33,7 +33,7 @@ def available() -> dict[str, Factory]:
     """
     return {
         "digits_cnn": DigitsCNN,
-        **{f"cifar_resnet{depth}": functools.partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+        **{f"cifar_resnet{depth}": functools.partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110, 8)},
         "resnet8": ResNet8,
         "resnet18": resnet18,
         "resnet50": resnet50,

@@ -38,14 +38,14 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n+2 for 32×32 images: three stages of n blocks with 16, 32 and 64 channels."""
+    """ResNet of depth 6n+2 for 32×32 images of so many channels: three stages of n blocks with 16, 32 and 64 channels."""
 
-    def __init__(self, depth: int = 20, num_classes: int = 10):
+    def __init__(self, depth: int = 20, num_classes: int = 10, channels: int = 3):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise BitwrightError(f"cifar_resnet: depth {depth} is not 6n+2; use 20, 32, 44, 56 or 110")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(16, 16, blocks, stride=1)
         self.layer2 = _stage(16, 32, blocks, stride=2)
@@ -56,7 +56,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, 3, 32, 32] to logits [n, num_classes]."""
+        """Map images [n, channels, 32, 32] to logits [n, num_classes]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(x.mean((2, 3)))

@@ -36,6 +36,7 @@ class Facts:
         artefact: export/export.json.
         certificate: certificate.json, of a search on a proxy.
         additivity: additivity.json, of a check whether the loss is additive.
+        adaptive: adaptive.json, what an adaptive network does by the quality of its inputs.
     """
 
     manifest: Row
@@ -52,6 +53,7 @@ class Facts:
     artefact: Row
     certificate: Row
     additivity: Row
+    adaptive: Row
 
     @property
     def name(self) -> str:
@@ -78,13 +80,14 @@ def read_facts(run_dir: str | Path) -> Facts:
         policy=Policy.from_json(policy.read_text("utf-8")) if policy.is_file() else None,
         search=tuple(read_jsonl(run.path / "search.jsonl")),
         found=_json(run.path / "search.json"),
-        curves={name: tuple(read_jsonl(run.path / f"{name}.jsonl")) for name in ("float", "finetune")},
+        curves={name: tuple(read_jsonl(run.path / f"{name}.jsonl")) for name in ("float", "finetune", "adaptive")},
         statistics=_json(run.path / "statistics.json"),
         evaluation=_json(run.path / "evaluation.json"),
         baselines=_json(run.path / "baselines.json"),
         artefact=_json(run.path / "export" / "export.json"),
         certificate=_json(run.path / "certificate.json"),
         additivity=_json(run.path / "additivity.json"),
+        adaptive=_json(run.path / "adaptive.json"),
     )
 
 

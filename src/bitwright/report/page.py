@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bitwright.report.adaptive import adaptive, adaptive_alarms
 from bitwright.report.additive import additivity
 from bitwright.report.charts import Bar, Dot, Line, bars, dots, heat, lines, number, width_class
 from bitwright.report.comparison import is_comparison, render_comparison
@@ -62,14 +63,15 @@ def _tiles(facts: Facts) -> list[str]:
 
 
 def _alarms(facts: Facts) -> str:
-    found = alarms(facts)
-    if not found and not facts.policy:
+    found = [*alarms(facts), *adaptive_alarms(facts)]
+    if not found and not facts.policy and not facts.adaptive:
         return ""
     items = "".join(f'<p class="alarm">{escape(text)}</p>' for text in found)
-    return f"<section><h2>Alarms</h2>{items or CALM}</section>"
+    return f"<section><h2>Alarms</h2>{items or (CALM_ADAPTIVE if facts.adaptive else CALM)}</section>"
 
 
 CALM = '<p class="calm">None: every free width moved, the policy uses several widths, and no proposal had to be repaired.</p>'
+CALM_ADAPTIVE = '<p class="calm">None: decisions differ from image to image, each is best served by its own, and the budget is kept.</p>'
 
 
 def _policies(facts: Facts) -> str:
@@ -221,6 +223,7 @@ SECTIONS: tuple[Callable[[Facts], str], ...] = (
     _alarms,
     _policies,
     quality,
+    adaptive,
     _bits,
     transfer,
     additivity,

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planted import Planted, planted
+from torch import Tensor
+
+from bitwright.adaptive.actor import ActorOptions
+from bitwright.adaptive.promise import check, decisions, settle_price
+from bitwright.adaptive.training import AdaptiveHistory, AdaptiveOptions, train_adaptive
+from bitwright.errors import RunError, TrainingError
+from bitwright.training import FinetuneOptions
+
+TRAINING = FinetuneOptions(epochs=12, batch_size=64, optimizer="adam", lr=0.01, weight_decay=0.0, checkpoint_seconds=0.0)
+
+
+def trained(case: Planted, options: AdaptiveOptions, training: FinetuneOptions = TRAINING, **rest: Any) -> tuple[Any, AdaptiveHistory]:
+    net = case.net(options.actor_options())
+    return net, train_adaptive(net, case.fit, case.held_out, options, training, **rest)
+
+
+def accuracy(net: Any, case: Planted, forced: Tensor | None = None) -> float:
+    x, y = case.held_out.batch(torch.arange(len(case.held_out)))
+    with torch.no_grad():
+        return float((net.eval()(x, forced=forced).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize("relaxation", ["concrete", "gaussian"])
+def test_bits_go_to_the_images_that_need_them(relaxation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch, ActorOptions(relaxation=relaxation))
+    net, history = trained(case, AdaptiveOptions(relaxation=relaxation))
+    shares, index = decisions(net, case.held_out)
+    square, even = index[0, 0::2].double().mean(), index[0, 1::2].double().mean()  # 0 is one bit, 1 is four
+    print(relaxation, "four bits for squares, for even images:", float(square), float(even), "accuracy", accuracy(net, case))
+    assert even - square > 0.7
+    assert history.promise.met
+    assert history.promise.mean <= 1
+    assert history.promise.mean == pytest.approx(float(shares.double().mean()))
+    assert accuracy(net, case) > 0.85
+    other = index[:, torch.randperm(index.shape[1], generator=torch.Generator().manual_seed(0))]
+    assert accuracy(net, case, other) < accuracy(net, case) - 0.04  # the same bits given to others are worth less
+
+
+@pytest.mark.parametrize("kind", ["static", "random"])
+def test_what_does_not_see_the_input_is_worse(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch, ActorOptions(kind=kind))
+    net, history = trained(case, AdaptiveOptions(actor=kind))
+    print(kind, accuracy(net, case), history.promise.mean)
+    assert history.promise.mean < 1.06  # a random one keeps its budget in the mean of many draws
+    assert accuracy(net, case) < 0.85
+    assert history.alarms == () or kind == "random"
+
+
+def test_reinforce_learns_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    net, _ = trained(case, AdaptiveOptions(estimator="reinforce"))
+    index = decisions(net, case.held_out)[1]
+    print("reinforce", index[0, 0::2].double().mean(), index[0, 1::2].double().mean(), accuracy(net, case))
+    assert check(net, case.held_out).met
+
+
+def test_the_price_meets_the_budget_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    net = case.net()
+    settle_price(net, case.fit)
+    assert 0.85 < check(net, case.fit).mean <= 1
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = planted(monkeypatch)
+    options, training = AdaptiveOptions(), replace(TRAINING, epochs=3)
+    whole, _ = trained(case, options, training)
+
+    class Killed(Exception):
+        pass
+
+    def kill(row: Mapping[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(case, options, training, out=tmp_path, log=kill)
+    assert (tmp_path / "checkpoint/adaptive.safetensors").is_file()
+    resumed, history = trained(case, options, training, out=tmp_path)
+    assert history.steps == 24
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(RunError, match=r"adaptive.cold \(was 0.5, now 0.4\)\); use another --out"):
+        trained(case, replace(options, cold=0.4), training, out=tmp_path)
+
+
+def test_a_degenerate_actor_raises_an_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    net = case.net()
+    for head in net.actor.heads:
+        head.weight.data.zero_()
+    monkeypatch.setattr("bitwright.adaptive.training._Trainer._step", lambda self: None)
+    history = train_adaptive(net, case.fit, case.held_out, AdaptiveOptions(), replace(TRAINING, epochs=2))
+    assert any("degenerate actor" in alarm for alarm in history.alarms)
+
+
+def test_options_without_a_meaning_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    with pytest.raises(TrainingError, match=r"knows no ema; set finetune\.ema=0"):
+        trained(case, AdaptiveOptions(), replace(TRAINING, ema=0.9))
+    with pytest.raises(TrainingError, match="warmup \\+ final below 1"):
+        AdaptiveOptions(warmup=0.6, final=0.6)
+    with pytest.raises(TrainingError, match="estimator='path' is unknown"):
+        AdaptiveOptions(estimator="path")  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_no_number_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    with pytest.raises(TrainingError, match=r"(the loss is (nan|inf) at step|not finite; lower finetune.lr)"):
+        trained(case, AdaptiveOptions(), replace(TRAINING, optimizer="sgd", lr=1e38))
