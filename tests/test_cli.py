@@ -433,3 +433,34 @@ def test_run_without_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (run / "export/model.safetensors").is_file()
     assert cli.main(["run", str(run), "--no-finetune"]) == 2
     assert "a run directory keeps its recipe" in capsys.readouterr().err
+
+
+def test_evaluate_under_conditions(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shutil.copytree(finished_run, tmp_path / "run")
+    before = json.loads((path / "evaluation.json").read_text())
+    result = _result(capsys, "evaluate", path, "--conditions", "clean,gaussian_noise:3,contrast,mixed", "--seeds", "0", "1")
+    for name in ("float", "quantized"):
+        record = result["evaluation"][name]
+        quality = record.pop("quality")
+        assert record == before[name]
+        assert [one["condition"] for one in quality["conditions"]][:3] == ["clean", "gaussian_noise:3", "contrast:1"]
+        clean, noisy = quality["conditions"][:2]
+        assert (clean["top1"], clean["interval"], clean["seeds"], noisy["seeds"]) == (record["top1"], record["interval"], 1, 2)
+        assert quality["mean_corruption_accuracy"]["corruptions"] == 2
+        assert str(quality["worst_severity"]) in quality["severities"]
+        assert set(quality["conditions"][-1]["by_severity"]) == {"0", "1", "3", "5"}
+    cli.main(["evaluate", str(path)])
+    said = capsys.readouterr().out
+    assert "gaussian_noise:3" in said
+    assert "mean corruption accuracy (2 measured)" in said
+    page = (path / "report.html").read_text()
+    assert "Image quality" in page
+    assert "Mean accuracy by severity" in page
+    file = _result(capsys, "evaluate", path, "--file", path / "export/model.safetensors", "--conditions", "fog:2")
+    assert file["quality"]["conditions"][0]["condition"] == "fog:2"
+
+
+def test_conditions_that_cannot_be(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'fog'?" in _refused(capsys, "evaluate", finished_run, "--conditions", "clean,fogg:1")
+    assert "fog:1 to fog:5" in _refused(capsys, "evaluate", finished_run, "--conditions", "fog:6")
+    assert "also give --conditions" in _refused(capsys, "evaluate", finished_run, "--seeds", "1")

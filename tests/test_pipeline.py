@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import yaml
 
 from bitwright import pipeline
 from bitwright.baselines import COLUMNS
+from bitwright.compare import compare
 from bitwright.errors import BudgetError, PolicyError, RecipeError, RunError, TrainingError
 from bitwright.exporters.packed import load
 from bitwright.job import Job, on_device
@@ -383,3 +384,39 @@ def _folder_of_images(root: Path) -> None:
             for k in range(count):
                 pixels = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8, generator=generator)
                 image.fromarray(pixels.numpy()).save(folder / f"{k}.png")
+
+
+def test_a_recipe_of_mixed_quality(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Every stage sees corrupted images; the float stage killed and gone on with gives the same weights; goals end search and training."""
+    tiny |= {"name": "mixed", "baselines": None, "report": True}
+    tiny["data"]["quality"] = {"corruptions": ["gaussian_noise", "contrast"], "severities": [3], "clean": 0.5, "held_out": ["brightness"]}
+    tiny["search"] |= {"method": "uniform", "options": {}}
+    tiny["evaluate"] = {"conditions": ["clean", "mixed", "held_out"], "seeds": [0, 1]}
+    summary = pipeline.run(tiny, tmp_path / "one")
+    record = summary["evaluation"]["quantized"]
+    clean, mixed, held = record["quality"]["conditions"]
+    assert clean["n"] == mixed["n"] == record["n"] == 450
+    assert set(mixed["by_severity"]) == {"0", "3"}
+    assert set(held["by_severity"]) == {"3"}
+
+    def kill(stage: str, row: Mapping[str, Any]) -> None:
+        if stage == "float" and row.get("epoch") == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(tiny, tmp_path / "two", log=kill)
+    pipeline.run(tiny, tmp_path / "two")
+    one, two = (load_tree(tmp_path / name / "float.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    accuracy = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert accuracy[0] == accuracy[1]
+
+
+def test_a_search_stops_at_an_accuracy(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny |= {"baselines": None, "export": None, "report": False, "finetune": None, "teacher": None}
+    tiny["search"] |= {"method": "greedy", "options": {}, "stop_at": "contrast:1>=0.01"}
+    assert pipeline.run(tiny, tmp_path / "run")["search"]["status"] == "stopped"
+    rows = read_jsonl(tmp_path / "run" / "search.jsonl")
+    assert len([row for row in rows if not row.get("uniform")]) == 1
+    with pytest.raises(RecipeError, match=r"compare: search\.stop_at would stop some methods before others"):
+        compare(tiny, tmp_path / "comparison")

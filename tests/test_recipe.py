@@ -144,3 +144,42 @@ def test_yaml_is_read_safely() -> None:
     assert parse_yaml("1e-3", "x") == "1e-3"
     with pytest.raises(RecipeError, match="x: not valid YAML"):
         parse_yaml("{", "x")
+
+
+def test_quality_is_a_list_or_says_how_often(tiny: dict[str, Any]) -> None:
+    listed = load_recipe(tiny, ["data.quality={corruptions: [fog, snow], severities: [1, 3], clean: 0.1, held_out: [frost]}"])
+    assert listed.data.quality is not None
+    mix = listed.data.quality.mix()
+    assert (dict(mix.corruptions), dict(mix.severities), mix.clean, mix.held_out) == ({"fog": 1, "snow": 1}, {1: 1, 3: 1}, 0.1, ("frost",))
+    weighed = load_recipe(tiny, ["data.quality={corruptions: {fog: 2, snow: 1}}"])
+    assert weighed.data.quality is not None
+    assert weighed.data.quality.mix().corruptions == {"fog": 2, "snow": 1}
+    assert load_recipe(weighed.to_dict()) == weighed
+
+
+def test_what_a_recipe_does_not_have_leaves_no_trace(tiny: dict[str, Any]) -> None:
+    data = load_recipe(tiny).to_dict()
+    assert "quality" not in data["data"]
+    assert "evaluate" not in data
+    assert "stop_at" not in data["search"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.quality={corruption: [fog]}", "unknown key 'data.quality.corruption'; did you mean 'corruptions'?"),
+        ("data.quality={corruptions: [fogg]}", "no corruption 'fogg'; did you mean 'fog'?"),
+        ("data.quality={corruptions: [fog, fog]}", "one is given twice"),
+        ("data.quality={severities: [6]}", "quality: severity 6; severities are the whole numbers 1 (mild) to 5"),
+        ("data.quality={clean: 2}", "quality: clean is 2.0"),
+        ("data.quality={corruptions: [fog], held_out: [fog]}", "'fog' is held out and among the corruptions"),
+        ("evaluate={condition: clean}", "unknown key 'evaluate.condition'; did you mean 'conditions'?"),
+        ("evaluate={conditions: 'clean,fog:6'}", "severity '6' of fog; give fog:1 to fog:5"),
+        ("search.stop_at=clean>=0.9", "'sdq' trains the weights while it searches, so no policy before its last can be judged by itself"),
+        ("finetune.stop_at=clean>=90", "stop_at is 'clean>=90'; give a condition and a fraction"),
+    ],
+)
+def test_quality_that_cannot_be(tiny: dict[str, Any], change: str, message: str) -> None:
+    with pytest.raises(BitwrightError) as caught:
+        load_recipe(tiny, [change])
+    assert message in str(caught.value)

@@ -464,3 +464,55 @@ def test_a_last_step_that_diverges_is_an_error():
     loud = TensorSplit(100 * torch.randn(64, 1, 6, 6), torch.arange(64) % CLASSES)
     with pytest.raises(TrainingError, match=r"after the last step '1\.weight' holds values that are not finite"):
         finetune(net, loud, dataclasses.replace(QUICK, epochs=1, max_steps=1, lr=3e38))
+
+
+def bright(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, CLASSES, (n,), generator=generator)
+    x = torch.rand(n, 1, 6, 6, generator=generator) * 0.3
+    for k in range(CLASSES):
+        x[y == k, :, 2 * k : 2 * k + 2] += 0.6
+    return TensorSplit(x, y, classes=CLASSES)
+
+
+def test_it_stops_at_an_accuracy_and_stays_stopped(tmp_path):
+    options = dataclasses.replace(QUICK, epochs=40, stop_at="contrast:1>=0.95")
+    net, selection = seeded(0, float_net), bright(2, 60)
+    history = finetune(net, bright(1, 160), options, selection=selection, out=tmp_path)
+    goals = [row["goal"] for row in history.epochs]
+    assert 1 <= len(goals) < 40
+    assert goals[-1] >= 0.95 > max(goals[:-1], default=0)
+    assert history.steps == 10 * len(goals)
+    again = seeded(3, float_net)
+    assert finetune(again, bright(1, 160), options, selection=selection, out=tmp_path).steps == history.steps
+    assert same(net, again)
+
+
+def test_a_killed_training_with_a_goal_ends_alike(tmp_path):
+    options = dataclasses.replace(QUICK, epochs=6, stop_at="clean>=1.0", ema=0.9)
+
+    def kill(row):
+        if row["epoch"] == 2:
+            raise Stopped
+
+    whole, parts = (seeded(0, float_net) for _ in range(2))
+    expected = finetune(whole, bright(1, 80), options, selection=bright(2, 60))
+    with pytest.raises(Stopped):
+        finetune(parts, bright(1, 80), options, selection=bright(2, 60), out=tmp_path, log=kill)
+    found = finetune(parts, bright(1, 80), options, selection=bright(2, 60), out=tmp_path)
+    assert same(whole, parts)
+    assert [row["goal"] for row in found.epochs] == [row["goal"] for row in expected.epochs]
+
+
+def test_a_goal_needs_images_and_must_be_one():
+    with pytest.raises(TrainingError, match=r"stop_at='clean>=0.9' needs images to be judged on; give selection="):
+        finetune(float_net(), bright(1, 40), dataclasses.replace(QUICK, stop_at="clean>=0.9"))
+    with pytest.raises(TrainingError, match="stop_at is 'clean'; give a condition and a fraction"):
+        FinetuneOptions(stop_at="clean")
+
+
+def test_options_without_a_goal_know_checkpoints_of_before_there_were_goals(tmp_path):
+    from bitwright import runs
+
+    finetune(seeded(0, float_net), bright(1, 40), QUICK, out=tmp_path)
+    assert "stop_at" not in runs.load_tree(tmp_path / CHECKPOINT)["options"]
