@@ -83,13 +83,13 @@ class Form:
 
     Attributes:
         activations: how activations are rounded.
-        native: whether weights of up to 4 bits have types of their own width where the runtime can use them.
+        native: widths, of 2 and 4, whose own types hold the weights of layers with float activations.
         round_biases: whether biases become integers of the accumulator.
         clip_codes: whether a clip before a quantizer becomes a clip of its codes; else it stays as it is.
     """
 
     activations: ActivationForm
-    native: bool = False
+    native: tuple[int, ...] = ()
     round_biases: bool = True
     clip_codes: bool = True
 
@@ -343,10 +343,10 @@ class Emission:
             raise ExportError(
                 f"export: the weight of '{coded.address}' has {found}, which are no 8-bit integers; use quantizer='lsq', or 7 bits"
             )
-        narrow = self.form.native and coded.bits.a >= 16
-        if narrow and low >= -2 and high <= 1:
-            return "INT2", 2
-        return ("INT4", 4) if narrow and low >= -8 and high <= 7 else ("INT8", 8)
+        for width in self.form.native if coded.bits.a >= 16 else ():
+            if low >= -(2 ** (width - 1)) and high < 2 ** (width - 1):
+                return f"INT{width}", width
+        return "INT8", 8
 
     def _bias(self, bias: Tensor | None, affine: Any, step: float | None, weight_step: Floats | None, name: str) -> str:
         if bias is None and affine is None:
@@ -385,7 +385,7 @@ class Emission:
         if not self._turns(node):
             return str(self.writer.node("Gemm", [x, w, b] if b else [x, w], name=name, transB=1))
         out = str(self.writer.node("MatMul", [x, w], name=name))
-        return str(self.writer.node("Add", [out, b])) if b else out
+        return str(self.writer.node("Add", [out, b], name=f"{name}/bias")) if b else out
 
 
 def _coded(mark: Mark, weight: Tensor) -> Coded:

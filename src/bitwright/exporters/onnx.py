@@ -132,7 +132,7 @@ class Onnx(Exporter):
         if not program.marks and not program.layers:
             raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
         rewrite(program)
-        return written(onnx, program, source, Form(QDQ(), native=self.types == "native"))
+        return written(onnx, program, source, Form(QDQ(), native=(2, 4) if self.types == "native" else ()))
 
 
 def required(package: str) -> Any:

@@ -93,7 +93,7 @@ class OpenVINO(Exporter):
         model = read(path, path.with_name(path.name + ".bin"))
         compiled = compile_model(model, made.emitted.layers)
         executed = executed_precision(compiled, list(made.emitted.layers))
-        wrong = {name: kind for name, kind in executed.items() if kind != expected(made.emitted.layers[name], executed)}
+        wrong = {name: kind for name, kind in executed.items() if kind != expected(made.emitted.layers[name])}
         if wrong:
             listed = "; ".join(f"'{name}' is {made.emitted.layers[name]!r} and runs in {kind}" for name, kind in list(wrong.items())[:6])
             raise ExportError(f"export: OpenVINO does not run {len(wrong)} layers as the policy says: {listed}; nothing was written")
@@ -138,7 +138,7 @@ def converted(source: Source) -> Written:
     if not program.layers:
         raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
     rewrite(program)
-    return written(required("onnx"), program, source, Form(FewLevels(), clip_codes=False), {DOMAIN: 1})
+    return written(required("onnx"), program, source, Form(FewLevels(), native=(4,), clip_codes=False), {DOMAIN: 1})
 
 
 def runtime_options(layers: Mapping[str, Bits]) -> dict[str, str]:
@@ -168,11 +168,16 @@ def compile_model(model: Any, layers: Mapping[str, Bits]) -> Any:
     return core.compile_model(model, "CPU", options)
 
 
-def expected(bits: Bits, executed: Mapping[str, str]) -> str:
-    """Return what a layer is to run in: integers where both widths are 8 or fewer, else bfloat16 or float32."""
+def expected(bits: Bits) -> str:
+    """Return what a layer is to run in: integers where both widths are 8 or fewer, else bfloat16 or float32.
+
+    >>> expected(Bits(8, 8)), expected(Bits(4, 16))
+    ('int8', 'bf16 by int4')
+    """
     if bits.w <= 8 and bits.a <= 8:
         return "int8"
-    return "bf16" if 16 in bits else "float32"
+    kind = "bf16" if 16 in bits else "float32"
+    return f"{kind} by int{4 if bits.w <= 4 else 8}" if bits.w <= 8 else kind
 
 
 def executed_precision(compiled: Any, addresses: Sequence[str]) -> dict[str, str]:
@@ -195,7 +200,9 @@ def executed_precision(compiled: Any, addresses: Sequence[str]) -> dict[str, str
 def _spelled(inputs: Sequence[str]) -> str:
     if inputs[0] in INTEGER:
         return "int8"
-    return {"bf16": "bf16", "f32": "float32", "f16": "float16"}.get(inputs[0], inputs[0])
+    kind = {"bf16": "bf16", "f32": "float32", "f16": "float16"}.get(inputs[0], inputs[0])
+    weights = {"i4": " by int4", "u4": " by int4", "i8": " by int8", "u8": " by int8"}
+    return kind + weights.get(inputs[1] if len(inputs) > 1 else "", "")
 
 
 # ---- files

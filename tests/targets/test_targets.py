@@ -1,0 +1,105 @@
+"""Targets say what runs; choices are restricted before a search, and a policy is checked against them by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bitwright import models
+from bitwright.errors import TargetError
+from bitwright.policy import Bits, Policy
+from bitwright.problem import build_choices
+from bitwright.sites import trace
+from bitwright.targets import available, get_target, kind_of
+
+NAMES = ("bitfusion", "generic", "nvidia-gpu", "onnxruntime-x86", "openvino-x86", "qonnx-fpga", "size-only")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return trace(models.build("digits_cnn"), torch.zeros(1, 1, 8, 8))
+
+
+def test_every_bundled_target_is_read_and_says_what_it_is_called():
+    assert available() == NAMES
+    for name in NAMES:
+        target = get_target(name)
+        assert (target.name, target.version >= 1) == (name, True)
+        assert all(rule.runs for rules in target.layers.values() for rule in rules)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_restricted_choice_is_legal_and_one_outside_is_named_with_its_nearest(name, digits):
+    target = get_target(name)
+    weights, activations = target.widths()
+    choices = target.restrict(digits, build_choices(digits, weights, activations))
+    for site in digits.sites:
+        assert choices[site.name]
+        assert set(choices[site.name]) <= set(target.legal(site))
+        for bits in target.legal(site):
+            assert target.nearest(site, bits) == bits
+            assert target.runs(site, bits)
+    policy = Policy({site.name: choices[site.name][0] for site in digits.sites})
+    target.check(digits.sites, policy)
+    assert target.violations(digits.sites, policy) == ()
+
+
+def test_violations_name_each_site_and_the_nearest_widths_that_run(digits):
+    target = get_target("openvino-x86")
+    policy = Policy({name: (8, 8) for name in digits.names}).replace({"conv2": Bits(4, 4), "fc": Bits(1, 8)})
+    with pytest.raises(TargetError, match=r"2 of 6 sites .*'conv2' \(convolution\) has W4A4, nearest W4A8; 'fc' \(linear\) has W1A8"):
+        target.check(digits.sites, policy)
+
+
+def test_what_the_target_does_not_run_at_all_is_an_error_before_the_search(digits):
+    with pytest.raises(TargetError, match="site 'conv2' may be W3A3, W3A5, W5A3, W5A5, and W1A1"):
+        get_target("bitfusion").restrict(digits, build_choices(digits, (3, 5), (3, 5)))
+
+
+def test_kinds_of_layers_are_told_apart(digits):
+    assert [kind_of(site) for site in digits.sites] == ["convolution", "convolution", "depthwise", "convolution", "convolution", "linear"]
+    up = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 2, 2)), torch.zeros(1, 3, 8, 8))
+    assert kind_of(up.sites[1]) == "transposed"
+    attention = trace(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)), torch.zeros(1, 3, 8))
+    products = [site for site in attention.sites if site.operands == 2]
+    assert {kind_of(site) for site in products} == {"product"}
+    assert all(bits.w == bits.a for site in products for bits in get_target("generic").legal(site))
+    with pytest.raises(TargetError, match="runs no product"):
+        get_target("qonnx-fpga").nearest(products[0], Bits(8, 8))
+
+
+def test_a_file_of_ones_own_is_a_target(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("{format: bitwright-target-1, name: mine, version: 2, about: a chip, layers: {linear: [{w: [2], a: [8], runs: int}]}}")
+    assert get_target(file).widths() == ([2], [8])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{name: mine}", "format"),
+        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {}, pints: []}", "unknown key 'pints'; did you mean 'points'"),
+        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {linear: [{w: [9], a: [8], runs: i}]}}", "width 9 is not one of"),
+        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {conv: []}}", "layers.conv"),
+        ("!!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {}, points: [adds]}", "points.0"),
+    ],
+)
+def test_a_malformed_target_is_refused_by_what_is_wrong(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(Exception, match=message):
+        get_target(file)
+
+
+def test_an_unknown_target_names_the_nearest():
+    with pytest.raises(TargetError, match="did you mean 'openvino-x86'"):
+        get_target("openvino-x68")
+
+
+def test_an_endless_file_is_not_read(tmp_path):
+    file = tmp_path / "large.yaml"
+    file.write_bytes(b" " * (1 << 21))
+    with pytest.raises(TargetError, match="larger than 1048576 bytes"):
+        get_target(file)
