@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,13 @@ def test_python_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_yaml_on_a_page_is_a_recipe() -> None:
     blocks = _blocks(ROOT / "docs/quickstart.md", "yaml")
     assert [load_recipe(parse_yaml(block, "quickstart")).name for block in blocks] == ["mine"]
+
+
+def test_yaml_on_the_page_of_image_quality_is_a_part_of_a_recipe(tiny: dict[str, Any]) -> None:
+    data, evaluate = (parse_yaml(block, "data-quality") for block in _blocks(ROOT / "docs/data-quality.md", "yaml"))
+    recipe = load_recipe({**tiny, **data, **evaluate})
+    assert recipe.data.quality is not None
+    assert recipe.evaluate is not None
 
 
 def test_the_own_method_page_shows_the_tested_example() -> None:
