@@ -1,4 +1,4 @@
-"""Post-training quantization without labels: 512 images choose the widths and correct the network; nothing is trained.
+"""Post-training quantization without labels: 512 images (96 of 224 pixels) choose widths and correct the network; nothing is trained.
 
     python benchmarks/post_training.py --data-root DATA --checkpoints DIR [--networks …] [--budgets …] [--no-ablation] [--runs runs/ptq]
 
@@ -37,7 +37,6 @@ from bitwright.problem import Problem, build_choices
 from bitwright.quant.corrections import STEPS
 from bitwright.sites import Trace
 
-IMAGES = 512
 CORRECT = ("compensate", "rounding", "refine", "bias", "batchnorm")
 ACTIVATION = 8
 UNIFORM = (4, 3, 2)
@@ -54,6 +53,7 @@ class Network:
     held_out: int
     options: dict[str, Any]
     correct: tuple[str, ...] = CORRECT
+    images: int = 512
 
 
 def loaded(name: str) -> Callable[[Path], nn.Module]:
@@ -73,8 +73,8 @@ NETWORKS = {
     "cifar_resnet20": Network(loaded("cifar_resnet20"), "akamaster_resnet20-12fca82f.th", "cifar10", 5000, {}),
     "cifar_resnet56": Network(loaded("cifar_resnet56"), "akamaster_resnet56-4bfd9763.th", "cifar10", 5000, {}),
     "resnet8": Network(loaded("resnet8"), "mlperf_tiny_resnet8.npz", "cifar10", 5000, RAW),
-    # All 500 training images calibrate but a few, which judge nothing here: there are no more.
-    "mobilenet_v2": Network(FoldedNetwork, "mobilenet_v2_1.0_224_qat8.npz", "imagenette224", 20, CENTRED, ("equalize", *CORRECT[:-1])),
+    # No more images at 224 pixels, as all of them pass through the network at once; it has no BatchNorm left.
+    "mobilenet_v2": Network(FoldedNetwork, "mobilenet_v2_1.0_224_qat8.npz", "imagenette224", 20, CENTRED, ("equalize", *CORRECT[:-1]), 96),
 }
 
 
@@ -102,7 +102,7 @@ class Bench:
         file = self.folder / f"{self.name}-{self.seed}-{budget}.policy.json"
         if not file.exists():
             started = time.process_time()
-            found = search(self.problem(budget), Fisher(errors="second-order", block="channel", samples=IMAGES)).policy
+            found = search(self.problem(budget), Fisher(errors="second-order", block="channel", samples=self.network.images)).policy
             file.write_text(json.dumps({"policy": found.to_json(), "seconds": time.process_time() - started}))
         content = json.loads(file.read_text())
         return Policy.from_json(content["policy"]), content["seconds"]
@@ -112,7 +112,9 @@ class Bench:
         file = self.folder / f"{self.name}-{self.seed}-{arm.replace(' ', '-')}.json"
         if not file.exists():
             started = time.process_time()
-            network = quantize(self.model, policy, calibration=self.data.example(IMAGES), correct=correct, sites=self.trace.sites)
+            network = quantize(
+                self.model, policy, calibration=self.data.example(self.network.images), correct=correct, sites=self.trace.sites
+            )
             seconds = time.process_time() - started
             logits = logits_of(network, self.data)
             result = score(logits, torch.cat([y for _, y in self.data.test.batches(BATCH)]), self.data.classes)
