@@ -27,7 +27,7 @@ from bitwright.quant.quantizers import LSQActivation, LSQWeight
 if TYPE_CHECKING:
     from bitwright.sites import Site, Trace
 
-Mode = Literal["settled", "pathwise", "drawn", "forced"]
+Mode = Literal["settled", "pathwise", "drawn"]
 CALIBRATION = 64
 """Images that step sizes start from; normalisation and the actor see all that are given."""
 
@@ -132,7 +132,7 @@ class AdaptiveNet(nn.Module):
         Args:
             x: images ``[N, …]``.
             draw: randomness, in the modes that draw.
-            forced: choices ``[S, N]`` that are taken instead of the actor's, in mode ``forced``.
+            forced: choices ``[S, N]`` that are taken instead of the actor's.
             condition: true severity of each image, int64 ``[N]``, for an actor that is told.
 
         Raises:
@@ -206,7 +206,7 @@ class AdaptiveNet(nn.Module):
         costs, pathwise = self.shares[site], self.mode == "pathwise"
         if self.relaxation == "concrete":
             return concrete(scores, costs, draw.gumbel[site], draw.uniform[site], draw, pathwise=pathwise)
-        return gaussian(scores, costs, draw.normal[site], draw, pathwise=pathwise, interpolate=self.interpolate)
+        return gaussian(scores, costs, draw.normal[site], draw.uniform[site], draw, pathwise=pathwise, interpolate=self.interpolate)
 
     def spent(self) -> Tensor:
         """Return the share of the budget that each sample of the last pass took, ``[N]``, with the relaxation's gradient."""

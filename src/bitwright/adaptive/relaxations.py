@@ -23,6 +23,8 @@ class Draw:
         uniform: in (0, 1), ``[S, N]``; chooses the neighbour.
         temperature: of the relaxation, 0-dimensional.
         noise: factor on the noise, 0-dimensional: 1 draws from the actor's distribution, 0 takes its mode as a deployed network does.
+        heed: factor on what the actor says, 0-dimensional: 0 draws evenly from all choices. It is data, so that a compiled step that
+            warms up is the step that comes after.
     """
 
     gumbel: Tensor
@@ -30,18 +32,20 @@ class Draw:
     uniform: Tensor
     temperature: Tensor
     noise: Tensor
+    heed: Tensor
 
     @classmethod
-    def of(cls, shape: tuple[int, int, int], generator: torch.Generator, temperature: float, noise: float) -> Draw:
+    def of(cls, shape: tuple[int, int, int], generator: torch.Generator, temperature: float, noise: float, heed: float = 1.0) -> Draw:
         """Draw for sites, samples and choices ``(S, N, K)``."""
         exponential = torch.rand(shape, generator=generator).clamp(TINY, 1 - 1e-7).log().neg()
         normal = torch.randn(shape[:2], generator=generator)
         uniform = torch.rand(shape[:2], generator=generator).clamp(1e-6, 1 - 1e-6)
-        return cls(exponential.log().neg(), normal, uniform, torch.tensor(temperature), torch.tensor(noise))
+        return cls(exponential.log().neg(), normal, uniform, torch.tensor(temperature), torch.tensor(noise), torch.tensor(heed))
 
     def to(self, device: torch.device) -> Draw:
         """Return the draw on a device."""
-        return Draw(*(value.to(device) for value in (self.gumbel, self.normal, self.uniform, self.temperature, self.noise)))
+        parts = (self.gumbel, self.normal, self.uniform, self.temperature, self.noise, self.heed)
+        return Draw(*(value.to(device) for value in parts))
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def concrete(scores: Tensor, costs: Tensor, gumbel: Tensor, uniform: Tensor, dra
         draw: temperatures.
         pathwise: whether a neighbour is wanted.
     """
-    noisy = scores + draw.noise * gumbel
+    noisy = draw.heed * scores + draw.noise * gumbel
     index = noisy.argmax(1)
     soft = torch.softmax(noisy / draw.temperature, 1)
     hot = F.one_hot(index, scores.shape[1]).to(soft.dtype)
@@ -91,7 +95,9 @@ def concrete(scores: Tensor, costs: Tensor, gumbel: Tensor, uniform: Tensor, dra
     return Chosen(Decision(index, other, weight - weight.detach()), cost)
 
 
-def gaussian(scores: Tensor, costs: Tensor, normal: Tensor, draw: Draw, *, pathwise: bool = True, interpolate: bool = False) -> Chosen:
+def gaussian(
+    scores: Tensor, costs: Tensor, normal: Tensor, uniform: Tensor, draw: Draw, *, pathwise: bool = True, interpolate: bool = False
+) -> Chosen:
     r"""Draw a place between two adjacent choices: :math:`t = \mathrm{clip}(m + \nu s\epsilon, 0, K-1)`, two numbers a site.
 
     The nearer of the two runs; the gradient of t is taken against the difference of the two outputs. With ``interpolate`` their outputs
@@ -101,13 +107,15 @@ def gaussian(scores: Tensor, costs: Tensor, normal: Tensor, draw: Draw, *, pathw
         scores: m and the spread before a softplus, ``[N, 2]``.
         costs: of each choice, ``[K]``.
         normal: ``[N]``.
+        uniform: ``[N]``, the place where the actor is not heeded.
         draw: temperatures.
         pathwise: whether a neighbour is wanted.
         interpolate: mix outputs instead of taking the nearer one.
     """
     last = len(costs) - 1
     middle, width = last / 2 + scores[:, 0], F.softplus(scores[:, 1])
-    raw = middle + draw.noise * width * normal
+    even = uniform * (last + 1) - 0.5
+    raw = draw.heed * (middle + draw.noise * width * normal) + (1 - draw.heed) * even
     place = raw + (raw.clamp(0, last) - raw).detach()
     low = place.detach().floor().clamp(0, max(0, last - 1)).long()
     share = place - low

@@ -137,7 +137,6 @@ class _Progress:
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
-    alarms: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,7 @@ def train_adaptive(
         promise = check(net, held_out, seed=seed)
     set_memory_order(net.eval(), channels_last=False)
     progress = trainer.progress
-    alarms = list(dict.fromkeys([*progress.alarms, *alarms_of(net, promise)]))
-    return AdaptiveHistory(tuple(progress.rows), progress.step, progress.seconds, promise, tuple(alarms))
+    return AdaptiveHistory(tuple(progress.rows), progress.step, progress.seconds, promise, tuple(alarms_of(net, promise)))
 
 
 def alarms_of(net: AdaptiveNet, promise: Promise) -> list[str]:
@@ -241,17 +239,16 @@ class _Trainer:
         share = progress.step / self.steps
         warm = share < options.warmup
         x, y, condition = self._batch()
-        net.mode = "forced" if warm else "drawn" if options.estimator == "reinforce" or options.actor == "random" else "pathwise"
+        net.mode = "drawn" if options.estimator == "reinforce" or options.actor == "random" else "pathwise"
         net.interpolate = net.mode == "pathwise" and options.relaxation == "gaussian" and share < options.interpolate
-        draw = self._draw(len(x), share)
-        forced = (draw.uniform * len(net.space.choices)).long() if warm else None
+        draw = self._draw(len(x), share, heed=not warm)
         self._rates()
-        losses, cost = self._loss_of()(x, y, draw, forced, condition)
+        losses, cost = self._loss_of()(x, y, draw, condition)
         task, spent = losses.mean(), cost.mean()
         objective = task if warm else task + progress.strength * (spent - 1)
         if not warm and net.mode == "drawn" and self.actor_optimizer is not None:
             objective = task + self._score_function(losses.detach() + progress.strength * cost.detach())
-        self._take(objective, x, draw, forced, condition)
+        self._take(objective, x, draw, condition, warm=warm)
         self._control(float(spent.detach()), warm=warm, fixed=share >= 1 - options.final)
         for name, value in (("loss", float(task.detach())), ("spent", float(spent.detach()))):
             progress.sums[name] = progress.sums.get(name, 0.0) + value
@@ -273,10 +270,10 @@ class _Trainer:
             x = x.contiguous(memory_format=torch.channels_last)
         return x.to(self.device), y.to(self.device), condition
 
-    def _draw(self, samples: int, share: float) -> Draw:
+    def _draw(self, samples: int, share: float, *, heed: bool) -> Draw:
         generator = torch.Generator().manual_seed(mix(self.seed, self.progress.step, 4))
         shape = (len(self.net.space.names), samples, len(self.net.space.choices))
-        return Draw.of(shape, generator, self.options.temperature(share), self.options.noise(share)).to(self.device)
+        return Draw.of(shape, generator, self.options.temperature(share), self.options.noise(share), float(heed)).to(self.device)
 
     def _rates(self) -> None:
         lr = learning_rate(self.training, self.progress.step, self.steps, self.epoch_steps)
@@ -304,10 +301,10 @@ class _Trainer:
         progress.baseline += (1 - self.options.baseline) * (mean - progress.baseline)
         return surrogate
 
-    def _take(self, objective: Tensor, x: Tensor, draw: Draw, forced: Tensor | None, condition: Tensor | None) -> None:
+    def _take(self, objective: Tensor, x: Tensor, draw: Draw, condition: Tensor | None, *, warm: bool) -> None:
         value = float(objective.detach())
         if not math.isfinite(value):
-            where = first_bad_layer(_Bound(self.net, draw, forced, condition), x)
+            where = first_bad_layer(_Bound(self.net, draw, condition), x)
             kept = f"; the last good checkpoint is {self.out / CHECKPOINT}" if self.out and (self.out / CHECKPOINT).exists() else ""
             at = f"the loss is {value} at step {self.progress.step}, first seen in {where}"
             raise TrainingError(f"{at}; lower finetune.lr or check the data{kept}")
@@ -315,7 +312,7 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.actor_optimizer is not None:
-            if forced is None:
+            if not warm:
                 self.actor_optimizer.step()
             self.actor_optimizer.zero_grad(set_to_none=True)
 
@@ -344,7 +341,7 @@ class _Trainer:
         alike = self._agreement()
         row["agreement"] = alike
         if self.net.actor.reads and alike > ALIKE and progress.step / self.steps > 0.5:
-            progress.alarms.append(f"degenerate actor: at epoch {epoch} it decided the same for all samples")
+            row["alarm"] = "degenerate actor: it decides the same for all samples"
         progress.rows.append(row)
         progress.sums = {}
         if log is not None:
@@ -393,13 +390,13 @@ class _Trainer:
 class _Bound(torch.nn.Module):
     """A network with the draws of one step, for whoever only has images."""
 
-    def __init__(self, net: AdaptiveNet, draw: Draw, forced: Tensor | None, condition: Tensor | None):
+    def __init__(self, net: AdaptiveNet, draw: Draw, condition: Tensor | None):
         super().__init__()
-        self.net, self.draw, self.forced, self.condition = net, draw, forced, condition
+        self.net, self.draw, self.condition = net, draw, condition
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        logits: Tensor = self.net(x, draw=self.draw, forced=self.forced, condition=self.condition)
+        logits: Tensor = self.net(x, draw=self.draw, condition=self.condition)
         return logits
 
 
@@ -407,9 +404,9 @@ def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[...,
     """Return a function of a batch and its draws that gives each sample's loss and share of the budget."""
     half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
 
-    def losses(x: Tensor, y: Tensor, draw: Draw, forced: Tensor | None, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
-            logits = net(x, draw=None if forced is not None else draw, forced=forced, condition=condition).float()
+            logits = net(x, draw=draw, condition=condition).float()
         task = F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
         return task, net.spent()
 

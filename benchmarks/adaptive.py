@@ -1,0 +1,311 @@
+"""Does it pay to give every input its own bits? DQMQ's reconstruction beside static policies and its controls, on data of mixed quality.
+
+    python benchmarks/adaptive.py --data-root DATA --weights RESNET20.th [--recipe cifar10-resnet20-dqmq-quick] [--seeds 0 1 2]
+        [--rates 0.02 0.04 0.08] [--arms …] [--epochs 20] [--images N] [--set key=value …] [--runs runs/adaptive] [--name cifar10]
+
+Every arm keeps the recipe's budget of bit operations an image (the actor's own inside), takes as many sample-passes (a forward pass is
+one, a backward pass two; the neighbour that the pathwise gradient computes is one more) and has the same grid of learning rates, of which
+the mixed selection images choose one. Arms: ``uniform`` and ``sdq`` (static policies, trained on the same mixed data; the search counts),
+``static`` (one policy for all inputs, learned by the adaptive code), ``random`` (every sample's widths drawn), ``controller`` (DQNet's
+kind), ``reinforce``, ``gaussian``, ``severity`` (told the true severity), ``dqmq``. ``permuted`` is dqmq with every image taking another
+one's decisions. What is in ``--runs`` already is not repeated, so several processes may share the work: a row that is being made is a
+folder with a lock. Writes results/adaptive-NAME.csv (a row per arm, seed, condition) and results/adaptive-NAME-summary.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import environment, mean_interval, write
+from torch import Tensor, nn
+
+from bitwright.adaptive import files
+from bitwright.adaptive.judging import Seen, describe, look, mean_bits, paired_gain, rank_trend
+from bitwright.adaptive.network import AdaptiveNet, adapt
+from bitwright.adaptive.training import train_adaptive
+from bitwright.costs import BitOps
+from bitwright.data.quality import TEST_SEED, Condition, Mix, MixedSplit
+from bitwright.driver import search
+from bitwright.evaluation import evaluate, wilson
+from bitwright.job import Job
+from bitwright.methods.sdq import SDQ
+from bitwright.pipeline import run_stages, threads
+from bitwright.policy import Bits, Policy
+from bitwright.problem import Problem
+from bitwright.quant import quantize
+from bitwright.recipe import load_recipe, make_options
+from bitwright.training import FinetuneOptions, finetune
+
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "dqmq": {},
+    "gaussian": {"relaxation": "gaussian"},
+    "reinforce": {"estimator": "reinforce"},
+    "controller": {"actor": "controller", "hot": 1.0, "cold": 1.0},
+    "static": {"actor": "static"},
+    "severity": {"actor": "severity"},
+    "random": {"actor": "random"},
+}
+ARMS = ("uniform", "sdq", *ADAPTIVE)
+DRAWN = ("reinforce", "random")
+"""Arms that compute one width a sample."""
+SEARCH_EPOCHS = 1.0
+STATIC = ("uniform", "sdq")
+
+
+def passes(arm: str) -> int:
+    """Return the sample-passes of one image's training step."""
+    return 3 if arm in STATIC or arm in DRAWN else 4
+
+
+def options_of(arm: str, job: Job, rate: float, epochs: float) -> FinetuneOptions:
+    """Return the weights' training of an arm: fewer steps where a step takes more passes."""
+    base = make_options(FinetuneOptions, job.recipe.finetune or {}, "finetune")
+    spent = SEARCH_EPOCHS if arm == "sdq" else 0.0
+    images = len(job.data.fit) if not LIMIT else LIMIT
+    steps = round((epochs - spent) * (images // base.batch_size) * 3 / passes(arm))
+    return dataclasses.replace(base, lr=rate, max_steps=max(1, steps), epochs=max(1, round(epochs)))
+
+
+LIMIT = 0
+
+
+def fit_of(job: Job) -> Any:
+    """Return the training images, all or the first of them."""
+    return job.data.fit.take(LIMIT) if LIMIT else job.data.fit
+
+
+def train_static(arm: str, job: Job, rate: float, epochs: float, out: Path) -> tuple[nn.Module, Policy]:
+    """Return a static network of the budget: uniform, or found by SDQ on the same mixed images."""
+    space, fit = files.space_of(job), fit_of(job)
+    if arm == "uniform":
+        fits = [k for k in range(len(space.choices)) if space.fixed + int(space.terms[:, k].sum()) <= space.limit]
+        policy = space.policy([max(fits)] * len(space.names))
+    else:
+        policy = searched(job, fit, rate)
+    assert BitOps().total(job.trace.sites, policy) <= space.limit
+    model = quantize(job.network, policy, calibration=fit.batch(torch.arange(min(512, len(fit))))[0], correct=("batchnorm",))
+    finetune(model, fit, options_of(arm, job, rate, epochs), out=out, seed=job.recipe.seed)
+    return model, policy
+
+
+def searched(job: Job, fit: Any, rate: float) -> Policy:
+    """Return SDQ's policy among the adaptive choices' widths."""
+    pins = {name: allowed for name, allowed in job.choices.items() if len(allowed) == 1}
+    space = files.space_of(job)
+    choices = {name: pins.get(name) or tuple(Bits(w, a) for w in widths(space, 0) for a in widths(space, 1)) for name in job.trace.names}
+    data = dataclasses.replace(job.data, fit=fit, selection=job.data.selection.take(500))
+    problem = Problem(job.network, job.trace, choices, job.budgets, data, seed=job.recipe.seed)
+    base = options_of("uniform", job, rate, 1.0)
+    same = {"precision": base.precision, "compile": base.compile, "channels_last": base.channels_last, "batch_size": base.batch_size}
+    return search(problem, SDQ(epochs=SEARCH_EPOCHS, lr=0.01, **same)).policy
+
+
+def widths(space: Any, part: int) -> list[int]:
+    """Return the widths that the choices have."""
+    return sorted({bits[part] for bits in space.choices})
+
+
+def train_own(arm: str, job: Job, rate: float, epochs: float, out: Path) -> tuple[AdaptiveNet, dict[str, Any]]:
+    """Return an adaptive network of the budget and its promise."""
+    own = files.options_of(job.recipe)
+    options = dataclasses.replace(own, **ADAPTIVE[arm])
+    net = adapt(job.network, files.space_of(job), job.data.example(options.calibration), options.actor_options())
+    history = train_adaptive(
+        net, fit_of(job), job.data.selection, options, options_of(arm, job, rate, epochs), out=out, seed=job.recipe.seed
+    )
+    return net, {**history.promise.to_dict(), "alarms": list(history.alarms), "actor_macs": net.actor.macs}
+
+
+def seen_static(model: nn.Module, split: Any, share: float) -> Seen:
+    """Return what a static network does with a split; its cost is the same for all."""
+    correct = evaluate(model, split).correct
+    return Seen(correct, torch.full((len(correct),), share), torch.zeros(0, len(correct), dtype=torch.int64))
+
+
+def judge(arm: str, model: nn.Module, job: Job, policy: Policy | None, probe: int) -> dict[str, Any]:
+    """Return accuracy, bits and cost under every condition, and which mixed test images were right."""
+    base, mix = job.data.test, Mix()
+    if isinstance(job.data.test, MixedSplit):
+        base, mix = job.data.test.base, job.data.test.mix
+    limit = files.space_of(job).limit
+    share = 0.0 if policy is None else BitOps().total(job.trace.sites, policy) / limit
+
+    def seen(split: Any, forced: Tensor | None = None) -> Seen:
+        return look(model, split, forced=forced) if isinstance(model, AdaptiveNet) else seen_static(model, split, share)
+
+    def row(one: Seen) -> dict[str, Any]:
+        if isinstance(model, AdaptiveNet):
+            return describe(model, one)
+        hits, n = int(one.correct.sum()), len(one.correct)
+        return {"n": n, "top1": hits / n, "interval": list(wilson(hits, n)), "bits": None, "bitops": share * limit, "share": share}
+
+    result: dict[str, Any] = {"rows": {}, "spearman": {}}
+    for name in ("clean", "mixed", "held_out"):
+        one = seen(Condition(name).split(base, mix, TEST_SEED))
+        result["rows"][name] = row(one)
+        if name == "mixed":
+            severity = MixedSplit(base, mix, TEST_SEED).quality.severity
+            for level in sorted(set(severity.tolist())):
+                own = (severity == level).nonzero().flatten()
+                result["rows"][f"mixed severity {level}"] = row(Seen(one.correct[own], one.shares[own], one.index[:, own]))
+            result["correct"] = one.correct.int().tolist()
+            if arm == "dqmq":
+                order = torch.randperm(len(severity), generator=torch.Generator().manual_seed(0))
+                other = seen(Condition(name).split(base, mix, TEST_SEED), one.index[:, order])
+                result["permuted"] = {**row(other), **paired_gain(one, other)}
+    few = base.take(probe)
+    for name in (*mix.corruptions, *(mix.held_out or ())):
+        bits, levels = [], []
+        for level in (0, 1, 2, 3, 4, 5):
+            split = MixedSplit(few, Mix(clean=1.0), TEST_SEED) if level == 0 else Condition(name, level).split(few, mix, TEST_SEED)
+            one = seen(split)
+            result["rows"][f"{name}:{level}"] = row(one)
+            levels.append(float(level))
+            if isinstance(model, AdaptiveNet):
+                bits.append(mean_bits(model, one.index))
+        if bits:
+            result["spearman"][name] = rank_trend(levels, bits)
+    return result
+
+
+def job_of(seed: int, arguments: argparse.Namespace) -> Job:
+    """Return the job of a seed, its float network ready."""
+    given = [] if arguments.weights is None else [f"model.weights={arguments.weights}"]
+    overrides = [f"seed={seed}", f"threads={arguments.threads}", "export=null", "report=false", *given, *arguments.set]
+    recipe = load_recipe(arguments.recipe, overrides)
+    job = Job.open(recipe, arguments.runs / f"{arguments.name}-seed{seed}", data_root=arguments.data_root)
+    run_stages(job, ["float"])
+    return job
+
+
+def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the result of one training, made now unless it is there or another process is at it."""
+    folder = arguments.runs / f"{arguments.name}-{arm}-seed{seed}-lr{rate:g}"
+    file, lock = folder / "result.json", folder / "lock"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        return known
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        print(f"{folder}: another process is at it, or was killed (then delete {lock})", flush=True)
+        return None
+    try:
+        job, started = job_of(seed, arguments), time.monotonic()
+        with threads(arguments.threads):
+            policy, facts = None, {}
+            if arm in STATIC:
+                model, policy = train_static(arm, job, rate, arguments.epochs, folder)
+                facts = {"policy": {name: list(bits) for name, bits in policy.items()}}
+            else:
+                model, facts = train_own(arm, job, rate, arguments.epochs, folder)
+            chosen = look(model, job.data.selection) if isinstance(model, AdaptiveNet) else seen_static(model, job.data.selection, 0.0)
+            judged = judge(arm, model, job, policy, arguments.probe)
+        options = options_of(arm, job, rate, arguments.epochs)
+        assert options.max_steps is not None
+        extra = SEARCH_EPOCHS * 3 * len(fit_of(job)) if arm == "sdq" else 0
+        record = {
+            "arm": arm,
+            "seed": seed,
+            "lr": rate,
+            "sample_passes": options.max_steps * options.batch_size * passes(arm) + extra,
+            "seconds": round(time.monotonic() - started, 1),
+            "selection": float(chosen.correct.double().mean()),
+            **facts,
+            **judged,
+        }
+        file.write_text(json.dumps(record))
+        shown = record["rows"]["mixed"]
+        print(f"{arm} seed {seed} lr {rate:g}: mixed {100 * shown['top1']:.2f} %, {shown['share']:.3f} of the budget", flush=True)
+        return record
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def rows_of(record: dict[str, Any], made_by: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the rows of one training, a condition each."""
+    head = {name: record[name] for name in ("arm", "seed", "lr", "sample_passes", "seconds", "selection")}
+    rows = []
+    named = dict(record["rows"])
+    if "permuted" in record:
+        named["mixed, decisions permuted"] = record["permuted"]
+    for condition, one in named.items():
+        low, high = one["interval"]
+        figures = {"n": one["n"], "top1": one["top1"], "low": low, "high": high, "bits": one["bits"], "bitops": one["bitops"]}
+        rows.append({**head, "condition": condition, **figures, "share": one["share"], **made_by})
+    return rows
+
+
+def summary_of(best: Sequence[dict[str, Any]], made_by: dict[str, str]) -> list[dict[str, Any]]:
+    """Return each arm's gain over the best static one on the mixed test images, over seeds, and dqmq's trends."""
+    arms = list(dict.fromkeys(record["arm"] for record in best))
+    means = {arm: mean_interval([r["rows"]["mixed"]["top1"] for r in best if r["arm"] == arm]) for arm in arms}
+    rival = max((arm for arm in arms if arm in STATIC), key=lambda arm: means[arm]["mean"], default=None)
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        own = [r for r in best if r["arm"] == arm]
+        row = {"what": "mixed accuracy", "name": arm, **means[arm], "share": sum(r["rows"]["mixed"]["share"] for r in own) / len(own)}
+        pairs = [(r, s) for r in own for s in best if s["arm"] == rival and s["seed"] == r["seed"]]
+        if rival is not None and pairs:
+            gains = [100 * (sum(r["correct"]) - sum(s["correct"])) / len(r["correct"]) for r, s in pairs]
+            gain = mean_interval(gains)
+            row |= {"rival": rival, "gain_points": gain["mean"], "gain_interval": gain["interval"]}
+        rows.append({**row, **made_by})
+    for record in best:
+        for name, trend in record["spearman"].items() if record["arm"] == "dqmq" else ():
+            rows.append(
+                {"what": f"spearman seed {record['seed']}", "name": name, "n": trend["n"], "mean": trend["value"]} | trend | made_by
+            )
+        if "permuted" in record:
+            lost = record["permuted"]
+            low, high = lost["gain_interval"]
+            rows.append(
+                {"what": f"own over permuted seed {record['seed']}", "name": "dqmq", "mean": lost["gain"], "low": low, "high": high}
+                | made_by
+            )
+    return rows
+
+
+def main() -> None:
+    """Train what is missing, choose each arm's learning rate, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="cifar10-resnet20-dqmq-quick")
+    parser.add_argument("--name", default="cifar10", help="of the result files")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--weights", type=Path, help="the trained float network; by default the recipe trains one")
+    parser.add_argument("--runs", type=Path, default=Path("runs/adaptive"))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.04, 0.08])
+    parser.add_argument("--epochs", type=float, default=20.0, help="of a static arm; others have as many sample-passes")
+    parser.add_argument("--images", type=int, default=0, help="train on so many images only (a trial)")
+    parser.add_argument("--probe", type=int, default=2000, help="test images of each corruption and severity")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the recipe")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-write", action="store_true", help="only train; another process writes the rows")
+    arguments = parser.parse_args()
+    global LIMIT  # noqa: PLW0603  (a trial's one setting that everything reads)
+    LIMIT = arguments.images
+    made_by, best = environment(), []
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            tried = [measure(arm, seed, rate, arguments) for rate in arguments.rates]
+            done = [record for record in tried if record is not None]
+            if len(done) == len(tried):
+                best.append(max(done, key=lambda record: float(record["selection"])))
+    if not arguments.no_write and best:
+        print(write(f"adaptive-{arguments.name}", [row for record in best for row in rows_of(record, made_by)]))
+        print(write(f"adaptive-{arguments.name}-summary", summary_of(best, made_by)))
+
+
+if __name__ == "__main__":
+    main()
