@@ -377,21 +377,24 @@ def parity(rows: list[Row]) -> str:
     merged: dict[str, Row] = {}
     for row in rows:
         entry = merged.setdefault(row["corruption"], {"corruption": row["corruption"], "kind": row["kind"]})
-        if row["kind"] == "deterministic":
-            found = float(row["mean_absolute_difference_255"])
-        else:
-            found = 100 * (float(row["ratio"]) - 1)
+        fixed = row["kind"] == "deterministic"
+        found = float(row["mean_absolute_difference_255"]) if fixed else 100 * (float(row["ratio"]) - 1)
         if abs(found) >= abs(float(entry.get(row["scale"], 0))):
             entry[row["scale"]] = str(found)
-    fixed, drawn = ([row for row in merged.values() if row["kind"] == kind] for kind in ("deterministic", "random"))
+    still, drawn = ([row for row in merged.values() if row["kind"] == kind] for kind in ("deterministic", "random"))
     columns = {"corruption": ("corruption", str), "32 px": ("small", lambda v: number(v, 2)), "224 px": ("large", lambda v: number(v, 2))}
-    return (
-        "## Corruptions beside the published program\n\nThe 19 corruptions at 5 severities beside `imagecorruptions` 1.1.2 (at 32 pixels with the "
-        "constants of CIFAR-10-C; three functions of it that fail with today's NumPy and scikit-image mended), on test images of CIFAR-10 and "
-        "of Imagenette; the largest deviation of the five severities. Drawing nothing, 100 images: mean absolute difference in grey levels of 255 "
-        f"(limit: 2).\n\n{table(fixed, columns)}\n\nDrawn, 500 images: mean squared error against the clean image, deviation in % (limit: 10; "
-        f"the two programs draw independently, which alone makes up to 4).\n\n{table(drawn, columns)}\n"
+    text = (
+        "The 19 corruptions at 5 severities beside `imagecorruptions` 1.1.2, on test images of CIFAR-10 and of Imagenette; the largest\n"
+        "deviation of the five severities. At 32 pixels its functions run with the constants of CIFAR-10-C; three that fail with today's NumPy\n"
+        "and scikit-image were mended. "
     )
+    exact = "Drawing nothing, 100 images: mean absolute difference in grey levels of 255 (limit: 2)."
+    by_chance = (
+        "Drawn, 500 images: mean squared error against the clean image, deviation in % (limit: 10). The two programs draw independently, which\n"
+        "alone makes up to 4."
+    )
+    parts = ("## Corruptions beside the published program", text + exact, table(still, columns), by_chance, table(drawn, columns))
+    return "\n\n".join(parts) + "\n"
 
 
 def quality_cost(rows: list[Row]) -> str:
