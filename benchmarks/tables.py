@@ -385,13 +385,13 @@ def parity(rows: list[Row]) -> str:
     columns = {"corruption": ("corruption", str), "32 px": ("small", lambda v: number(v, 2)), "224 px": ("large", lambda v: number(v, 2))}
     text = (
         "The 19 corruptions at 5 severities beside `imagecorruptions` 1.1.2, on test images of CIFAR-10 and of Imagenette; the largest\n"
-        "deviation of the five severities. At 32 pixels its functions run with the constants of CIFAR-10-C; three that fail with today's NumPy\n"
-        "and scikit-image were mended. "
+        "deviation of the five severities. At 32 pixels its functions run with the constants of CIFAR-10-C; three that fail with today's\n"
+        "NumPy and scikit-image were mended. "
     )
     exact = "Drawing nothing, 100 images: mean absolute difference in grey levels of 255 (limit: 2)."
     by_chance = (
-        "Drawn, 500 images: mean squared error against the clean image, deviation in % (limit: 10). The two programs draw independently, which\n"
-        "alone makes up to 4."
+        "Drawn, 500 images: mean squared error against the clean image, deviation in % (limit: 10). The two programs draw independently,\n"
+        "which alone makes up to 4."
     )
     parts = ("## Corruptions beside the published program", text + exact, table(still, columns), by_chance, table(drawn, columns))
     return "\n\n".join(parts) + "\n"
