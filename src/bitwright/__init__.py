@@ -15,7 +15,7 @@ from bitwright.driver import SearchMethod, search
 from bitwright.errors import BitwrightError
 from bitwright.evaluation import evaluate
 from bitwright.exporters import export
-from bitwright.exporters.packed import load
+from bitwright.loading import load
 from bitwright.methods import get_method
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, build_choices
