@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_folders import tree
 
 from bitwright.data import CORRUPTIONS, DatasetSplit, Mix, MixedSplit, Quality, TensorSplit, corrupt, load_data, mixed, parse_conditions
 from bitwright.data.quality import Condition
@@ -84,6 +85,18 @@ def test_data_of_mixed_quality():
     assert one.fit.quality.names[:100] != one.selection.quality.names
     assert one.shape == plain.shape
     assert one.example(4).shape == (4, 1, 8, 8)
+
+
+def test_folders_of_images(tmp_path):
+    tree(tmp_path / "train", ant=3, cat=3)
+    tree(tmp_path / "val", ant=1, cat=1)
+    plain = load_data("folder", tmp_path, held_out=2, seed=0, crop=32, resize=32)
+    data = mixed(plain, Mix({"jpeg_compression": 1}, {5: 1}, clean=0.0), seed=0)
+    pixels, _ = plain.fit.pixels(torch.arange(4))
+    assert torch.equal(plain.fit.normalise(pixels), plain.fit.batch(torch.arange(4))[0])
+    expected = corrupt(pixels, "jpeg_compression", 5, seeds=range(4))
+    assert torch.equal(data.fit.batch(torch.arange(4))[0], plain.fit.normalise(expected))
+    assert data.fit.batch(torch.arange(4), torch.Generator().manual_seed(0))[0].shape == (4, 3, 32, 32)
 
 
 def test_a_batch_has_no_third_part():
