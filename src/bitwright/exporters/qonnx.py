@@ -31,6 +31,7 @@ from bitwright.exporters._parity import Parity, codes_of, is_exact, judge, outpu
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 from bitwright.exporters.onnx import QONNX_DOMAIN, Written, inputs_of, required, written
+from bitwright.policy import Bits
 from bitwright.sites import Site
 
 DOMAINS = {QONNX_DOMAIN: 1}
@@ -74,21 +75,20 @@ class QuantEmission(Emission):
             steps = scale * largest
             if largest == 0 or not np.all(np.abs(codes) == largest):
                 raise ExportError(f"export: the weight of '{name}' has one bit and values other than -s and s, which no Bipolar node says")
-            initializer = self._hold(name, np.sign(codes), coded)
+            initializer = self._hold(name, np.sign(codes), coded.bits, scale)
             self.after[name] = steps
             one = self.writer.constant(np.float32(1), f"{name}.weight_scale")
             return str(self.writer.node("BipolarQuant", [initializer, one], name=f"{name}.weight_quant", domain=QONNX_DOMAIN)), steps
         if codes.min(initial=0) < -(2 ** (width - 1)) or codes.max(initial=0) > 2 ** (width - 1) - 1:
             found = "a grid without zero (half-integer levels), which a Quant node of its width cannot say"
             raise ExportError(f"export: the weight of '{name}' is on {found}; quantize with quantizer='lsq'")
-        initializer = self._hold(name, codes * scale.astype(np.float32), coded)
+        initializer = self._hold(name, codes * scale.astype(np.float32), coded.bits, scale)
         steps = _squeezed(scale.astype(np.float32))
         return _quant(self.writer, initializer, steps, width, f"{name}.weight", signed=True), scale
 
-    def _hold(self, name: str, values: Any, coded: Coded) -> str:
+    def _hold(self, name: str, values: Any, bits: Bits, scale: Any) -> str:
         initializer = self.writer.constant(np.asarray(values, np.float32), f"{name}.weight")
-        axis = None if coded.scale.unique().numel() < 2 else _axis(coded.scale.numpy())
-        self.emitted.weights.append(WeightRecord(name, coded.bits, initializer, axis))
+        self.emitted.weights.append(WeightRecord(name, bits, initializer, _axis(scale)))
         return initializer
 
     def _bias(self, bias: Any, affine: Any, step: float | None, weight_step: Any, name: str) -> str:
@@ -133,7 +133,9 @@ def _squeezed(scale: Any) -> Any:
 
 
 def _axis(scale: Any) -> int | None:
-    return next((axis for axis in range(scale.ndim) if _squeezed(scale).shape[axis] > 1), None)
+    """Return the axis along which scales differ."""
+    shape = _squeezed(scale).shape
+    return next((axis for axis, size in enumerate(shape) if size > 1), None)
 
 
 @dataclass(frozen=True)
