@@ -69,7 +69,7 @@ def options_of(arm: str, job: Job, rate: float, epochs: float) -> FinetuneOption
     """Return the weights' training of an arm: fewer steps where a step takes more passes."""
     base = make_options(FinetuneOptions, job.recipe.finetune or {}, "finetune")
     spent = SEARCH_EPOCHS if arm == "sdq" else 0.0
-    images = len(job.data.fit) if not LIMIT else LIMIT
+    images = LIMIT or len(job.data.fit)
     steps = round((epochs - spent) * (images // base.batch_size) * 3 / passes(arm))
     return dataclasses.replace(base, lr=rate, max_steps=max(1, steps), epochs=max(1, round(epochs)))
 
@@ -117,7 +117,8 @@ def train_own(arm: str, job: Job, rate: float, epochs: float, out: Path) -> tupl
     """Return an adaptive network of the budget and its promise."""
     own = files.options_of(job.recipe)
     options = dataclasses.replace(own, **ADAPTIVE[arm])
-    net = adapt(job.network, files.space_of(job), job.data.example(options.calibration), options.actor_options())
+    images = job.data.example(options.calibration)
+    net = adapt(job.network, files.space_of(job), images, options.actor_options(), seed=job.recipe.seed)
     history = train_adaptive(
         net, fit_of(job), job.data.selection, options, options_of(arm, job, rate, epochs), out=out, seed=job.recipe.seed
     )
@@ -130,49 +131,72 @@ def seen_static(model: nn.Module, split: Any, share: float) -> Seen:
     return Seen(correct, torch.full((len(correct),), share), torch.zeros(0, len(correct), dtype=torch.int64))
 
 
-def judge(arm: str, model: nn.Module, job: Job, policy: Policy | None, probe: int) -> dict[str, Any]:
-    """Return accuracy, bits and cost under every condition, and which mixed test images were right."""
-    base, mix = job.data.test, Mix()
-    if isinstance(job.data.test, MixedSplit):
-        base, mix = job.data.test.base, job.data.test.mix
-    limit = files.space_of(job).limit
-    share = 0.0 if policy is None else BitOps().total(job.trace.sites, policy) / limit
+class Judge:
+    """Looks at one trained network under every condition."""
 
-    def seen(split: Any, forced: Tensor | None = None) -> Seen:
-        return look(model, split, forced=forced) if isinstance(model, AdaptiveNet) else seen_static(model, split, share)
+    def __init__(self, arm: str, model: nn.Module, job: Job, policy: Policy | None):
+        self.arm, self.model, self.space = arm, model, files.space_of(job)
+        self.base, self.mix = job.data.test, Mix()
+        if isinstance(job.data.test, MixedSplit):
+            self.base, self.mix = job.data.test.base, job.data.test.mix
+        self.share = 0.0 if policy is None else BitOps().total(job.trace.sites, policy) / self.space.limit
 
-    def row(one: Seen) -> dict[str, Any]:
-        if isinstance(model, AdaptiveNet):
-            return describe(model, one)
+    def seen(self, split: Any, forced: Tensor | None = None) -> Seen:
+        """Return what the network does with a split."""
+        own = isinstance(self.model, AdaptiveNet)
+        return look(self.model, split, forced=forced) if own else seen_static(self.model, split, self.share)
+
+    def row(self, one: Seen) -> dict[str, Any]:
+        """Return accuracy, bits and cost of what was seen."""
+        if isinstance(self.model, AdaptiveNet):
+            return describe(self.model, one)
         hits, n = int(one.correct.sum()), len(one.correct)
-        return {"n": n, "top1": hits / n, "interval": list(wilson(hits, n)), "bits": None, "bitops": share * limit, "share": share}
+        bitops = self.share * self.space.limit
+        return {"n": n, "top1": hits / n, "interval": list(wilson(hits, n)), "bits": None, "bitops": bitops, "share": self.share}
 
-    result: dict[str, Any] = {"rows": {}, "spearman": {}}
-    for name in ("clean", "mixed", "held_out"):
-        one = seen(Condition(name).split(base, mix, TEST_SEED))
-        result["rows"][name] = row(one)
-        if name == "mixed":
-            severity = MixedSplit(base, mix, TEST_SEED).quality.severity
+    def whole(self) -> dict[str, Any]:
+        """Return the rows on all test images: clean, mixed (also by severity), held out; and dqmq's permuted decisions."""
+        rows: dict[str, Any] = {}
+        found: dict[str, Any] = {"rows": rows}
+        for name in ("clean", "mixed", "held_out"):
+            split = Condition(name).split(self.base, self.mix, TEST_SEED)
+            one = self.seen(split)
+            rows[name] = self.row(one)
+            if name != "mixed":
+                continue
+            severity = MixedSplit(self.base, self.mix, TEST_SEED).quality.severity
             for level in sorted(set(severity.tolist())):
                 own = (severity == level).nonzero().flatten()
-                result["rows"][f"mixed severity {level}"] = row(Seen(one.correct[own], one.shares[own], one.index[:, own]))
-            result["correct"] = one.correct.int().tolist()
-            if arm == "dqmq":
+                rows[f"mixed severity {level}"] = self.row(Seen(one.correct[own], one.shares[own], one.index[:, own]))
+            found["correct"] = one.correct.int().tolist()
+            if self.arm == "dqmq":
                 order = torch.randperm(len(severity), generator=torch.Generator().manual_seed(0))
-                other = seen(Condition(name).split(base, mix, TEST_SEED), one.index[:, order])
-                result["permuted"] = {**row(other), **paired_gain(one, other)}
-    few = base.take(probe)
-    for name in (*mix.corruptions, *(mix.held_out or ())):
-        bits, levels = [], []
-        for level in (0, 1, 2, 3, 4, 5):
-            split = MixedSplit(few, Mix(clean=1.0), TEST_SEED) if level == 0 else Condition(name, level).split(few, mix, TEST_SEED)
-            one = seen(split)
-            result["rows"][f"{name}:{level}"] = row(one)
-            levels.append(float(level))
-            if isinstance(model, AdaptiveNet):
-                bits.append(mean_bits(model, one.index))
-        if bits:
-            result["spearman"][name] = rank_trend(levels, bits)
+                other = self.seen(split, one.index[:, order])
+                found["permuted"] = {**self.row(other), **paired_gain(one, other)}
+        return found
+
+    def corruption(self, name: str, probe: int) -> tuple[dict[str, Any], dict[str, float] | None]:
+        """Return the rows of one corruption at every severity, clean first, and the rank correlation of bits with severity."""
+        few, rows, bits = self.base.take(probe), {}, []
+        levels = (0, 1, 2, 3, 4, 5)
+        for level in levels:
+            clean = MixedSplit(few, Mix(clean=1.0), TEST_SEED)
+            one = self.seen(clean if level == 0 else Condition(name, level).split(few, self.mix, TEST_SEED))
+            rows[f"{name}:{level}"] = self.row(one)
+            if isinstance(self.model, AdaptiveNet):
+                bits.append(mean_bits(self.model, one.index))
+        return rows, rank_trend([float(level) for level in levels], bits) if bits else None
+
+
+def judge(arm: str, model: nn.Module, job: Job, policy: Policy | None, probe: int) -> dict[str, Any]:
+    """Return accuracy, bits and cost under every condition, and which mixed test images were right."""
+    own = Judge(arm, model, job, policy)
+    result = {**own.whole(), "spearman": {}}
+    for name in (*own.mix.corruptions, *(own.mix.held_out or ())):
+        rows, trend = own.corruption(name, probe)
+        result["rows"] |= rows
+        if trend is not None:
+            result["spearman"][name] = trend
     return result
 
 

@@ -70,7 +70,7 @@ def build(job: Job) -> AdaptiveNet:
     """Return the recipe's adaptive network as it is before training."""
     options = options_of(job.recipe)
     images = job.data.example(options.calibration)
-    return adapt(job.network, space_of(job), images, options.actor_options())
+    return adapt(job.network, space_of(job), images, options.actor_options(), seed=job.recipe.seed)
 
 
 def restored(job: Job) -> AdaptiveNet:

@@ -313,7 +313,9 @@ def _static_layer(layer: AdaptiveLayer, choice: int) -> QuantLayer:
     return QuantLayer(layer.op, weight, bias, bits, weights, inputs)
 
 
-def adapt(model: nn.Module, space: Space, images: Tensor, options: ActorOptions | None = None, *, conditions: int = 6) -> AdaptiveNet:
+def adapt(
+    model: nn.Module, space: Space, images: Tensor, options: ActorOptions | None = None, *, conditions: int = 6, seed: int = 0
+) -> AdaptiveNet:
     """Return an adaptive copy of a float network; the network itself is untouched.
 
     Args:
@@ -322,6 +324,7 @@ def adapt(model: nn.Module, space: Space, images: Tensor, options: ActorOptions 
         images: calibration inputs ``[N, …]`` of all qualities that are expected.
         options: the actor.
         conditions: severities that an actor of true severities tells apart, clean included.
+        seed: of the actor's first weights.
 
     Raises:
         BitwrightError: the actor would take too much of the network's work.
@@ -342,7 +345,9 @@ def adapt(model: nn.Module, space: Space, images: Tensor, options: ActorOptions 
         bn = cast(BatchNorm, network.get_submodule(norm))
         replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared))
     inputs = _site_inputs(model, space, images[:2])
-    actor = build_actor(options, inputs, tuple(images.shape[1:]), len(space.choices), space.macs, conditions).to(images.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        actor = build_actor(options, inputs, tuple(images.shape[1:]), len(space.choices), space.macs, conditions).to(images.device)
     net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions).to(images.device)
     net.observe(images)
     return net
