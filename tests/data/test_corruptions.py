@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitwright.data import CORRUPTIONS, corrupt
-from bitwright.data.corruptions import COMMON, DETERMINISTIC, SEVERITIES
+from bitwright.data.corruptions import COMMON, DETERMINISTIC
 from bitwright.data.corruptions.draws import Draws
 from bitwright.data.corruptions.ice import KINDS, ice
 from bitwright.data.corruptions.noise import _quantiles
@@ -50,14 +50,14 @@ def test_a_seed_repeats_and_another_differs(name):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_every_size(name, size, channels):
     images = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(1))
-    for severity in SEVERITIES:
+    for severity in (1, 4, 5):  # 4 and 5 are mud, the others water
         result = corrupt(images, name, severity, seeds=[3, 4])
         assert result.shape == images.shape
         assert result.isfinite().all()
         assert 0 <= result.min() <= result.max() <= 1
 
 
-@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("size", [32, 96])
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"saturate", "glass_blur", "elastic_transform", "spatter", "frost", "snow"}))
 def test_a_higher_severity_is_worse(name, size):
     images = smooth(size, n=1)
