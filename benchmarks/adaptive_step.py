@@ -53,10 +53,10 @@ def adaptive_step(model: nn.Module, mode: str, options: FinetuneOptions, device:
         count[0] += 1
         temperature = 5.0 / (1 + 0.1 * count[0])
         draw = Draw.of((len(net.space.names), 128, len(CHOICES)), generator, temperature, 1.0).to(device)
-        task, spent = run(x, y, draw, None)
+        task, spent, logp = run(x, y, draw, None)
         objective = task.mean() + 0.1 * spent.mean()
         if mode != "pathwise":
-            objective = objective + (task.detach() * net.log_probability()).mean()
+            objective = objective + (task.detach() * logp).mean()
         float(objective.detach())
         objective.backward()
         for optimizer in (weights, actor):

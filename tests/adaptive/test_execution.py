@@ -172,4 +172,4 @@ def test_what_cannot_adapt_is_named() -> None:
 
     found = trace(Called(), torch.zeros(1, 4))
     with pytest.raises(SiteError, match=r"functional call '#0'.*search.skip"):
-        Space.of(found, {name: CHOICES for name in found.names}, 1)
+        Space.of(found, dict.fromkeys(found.names, CHOICES), 1)

@@ -214,7 +214,7 @@ class _Trainer:
         self.actor_optimizer = torch.optim.Adam(actor, lr=options.actor_lr, betas=(0.9, 0.99)) if actor else None
         self.epoch_steps, self.steps = steps_in(data, training)
         self.progress = self._resume()
-        self.losses: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.losses: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
 
     def run(self, log: Log | None) -> None:
         """Run the steps that are left."""
@@ -243,11 +243,11 @@ class _Trainer:
         net.interpolate = net.mode == "pathwise" and options.relaxation == "gaussian" and share < options.interpolate
         draw = self._draw(len(x), share, heed=not warm)
         self._rates()
-        losses, cost = self._loss_of()(x, y, draw, condition)
+        losses, cost, logp = self._loss_of()(x, y, draw, condition)
         task, spent = losses.mean(), cost.mean()
         objective = task if warm else task + progress.strength * (spent - 1)
         if not warm and net.mode == "drawn" and self.actor_optimizer is not None:
-            objective = task + self._score_function(losses.detach() + progress.strength * cost.detach())
+            objective = task + self._score_function(losses.detach() + progress.strength * cost.detach(), logp)
         self._take(objective, x, draw, condition, warm=warm)
         self._control(float(spent.detach()), warm=warm, fixed=share >= 1 - options.final)
         for name, value in (("loss", float(task.detach())), ("spent", float(spent.detach()))):
@@ -284,20 +284,20 @@ class _Trainer:
             for group in self.actor_optimizer.param_groups:
                 group["lr"] = self.options.actor_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, joint))))
 
-    def _loss_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Return the loss and the cost of every sample, compiled once for each way of running where it is asked for."""
+    def _loss_of(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """Return what gives every sample's loss, cost and log-probability, compiled once for each way of running where it is asked for."""
         key = f"{self.net.mode} {self.net.interpolate}"
         if key not in self.losses:
             loss = _sample_losses(self.net, self.training)
             self.losses[key] = torch.compile(loss, dynamic=False) if self.training.compile else loss
         return self.losses[key]
 
-    def _score_function(self, losses: Tensor) -> Tensor:
+    def _score_function(self, losses: Tensor, logp: Tensor) -> Tensor:
         """Return what has the gradient of REINFORCE: the losses above their running mean, times the log-probability."""
         progress, mean = self.progress, float(losses.mean())
         if math.isnan(progress.baseline):
             progress.baseline = mean
-        surrogate = ((losses - progress.baseline) * self.net.log_probability()).mean()
+        surrogate = ((losses - progress.baseline) * logp).mean()
         progress.baseline += (1 - self.options.baseline) * (mean - progress.baseline)
         return surrogate
 
@@ -400,15 +400,16 @@ class _Bound(torch.nn.Module):
         return logits
 
 
-def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a function of a batch and its draws that gives each sample's loss and share of the budget."""
+def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return a function of a batch and its draws that gives each sample's loss, share of the budget and log-probability of its choices."""
     half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
 
-    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             logits = net(x, draw=draw, condition=condition).float()
         task = F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
-        return task, net.spent()
+        logp = net.log_probability() if net.mode == "drawn" else torch.zeros_like(task)
+        return task, net.spent(), logp
 
     return losses
 
