@@ -11,6 +11,9 @@ from bitwright.report.facts import Facts
 from bitwright.report.parts import cells, table
 from bitwright.report.table import accuracy_text
 
+SEVERITIES = (1, 2, 3, 4, 5)
+MANY = 12
+"""Conditions beyond which the page shows corruptions as a grid and folds their list."""
 NAMES = {"quantized": "series-1", "float": "series-2", "file": "series-1"}
 """The networks that are shown, in this order, and the colour of each."""
 
@@ -60,11 +63,36 @@ def quality(facts: Facts) -> str:
         return ""
     headings, rows = condition_rows(records)
     body = table(headings, [f"<tr>{cells(row)}</tr>" for row in rows])
+    grid = grid_rows(records)
+    if len(rows) > MANY and grid:
+        short = [row for row in rows if ":" not in row[0]]
+        body = table(headings, [f"<tr>{cells(row)}</tr>" for row in short]) + _grid(records, grid) + _folded(body)
     some = next(iter(records.values()))["conditions"][0]
     seeds = max(one["seeds"] for record in records.values() for one in record["conditions"])
     drawn = f"; {seeds} draws of each random corruption" if seeds > 1 else ""
     note = f"Accuracy on {some['n']:,} test images in %, with half the 95 % interval over images{drawn}."
     return f'<section><h2>Image quality</h2>{body}{_chart(records)}<p class="note">{escape(note)}</p></section>'
+
+
+def grid_rows(records: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row a corruption, a column a severity: accuracy in per cent of the first network, of the second in brackets."""
+    found: dict[str, dict[str, str]] = {}
+    for several in zip(*(record["conditions"] for record in records.values()), strict=True):
+        name, colon, severity = several[0]["condition"].partition(":")
+        if colon:
+            first, *others = (f"{100 * one['top1']:.1f}" for one in several)
+            found.setdefault(name, {})[severity] = first + "".join(f" ({other})" for other in others)
+    return [(name, *(row.get(str(severity), "") for severity in SEVERITIES)) for name, row in found.items()]
+
+
+def _grid(records: Mapping[str, Any], grid: Sequence[tuple[str, ...]]) -> str:
+    first, *others = records
+    said = "Accuracy by corruption and severity, %: " + first + "".join(f" ({other})" for other in others)
+    return f"<h3>{escape(said)}</h3>{table(('corruption', *map(str, SEVERITIES)), [f'<tr>{cells(row)}</tr>' for row in grid])}"
+
+
+def _folded(body: str) -> str:
+    return f"<details><summary>all conditions with their intervals</summary>{body}</details>"
 
 
 def _chart(records: Mapping[str, Any]) -> str:
