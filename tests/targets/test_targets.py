@@ -47,7 +47,7 @@ def test_a_restricted_choice_is_legal_and_one_outside_is_named_with_its_nearest(
 
 def test_violations_name_each_site_and_the_nearest_widths_that_run(digits):
     target = get_target("openvino-x86")
-    policy = Policy({name: (8, 8) for name in digits.names}).replace({"conv2": Bits(4, 4), "fc": Bits(1, 8)})
+    policy = Policy(dict.fromkeys(digits.names, (8, 8))).replace({"conv2": Bits(4, 4), "fc": Bits(1, 8)})
     with pytest.raises(TargetError, match=r"2 of 6 sites .*'conv2' \(convolution\) has W4A4, nearest W4A8; 'fc' \(linear\) has W1A8"):
         target.check(digits.sites, policy)
 
@@ -75,15 +75,24 @@ def test_a_file_of_ones_own_is_a_target(tmp_path):
     assert get_target(file).widths() == ([2], [8])
 
 
+HEAD = "{format: bitwright-target-1, name: m, version: 1, about: a, "
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{name: mine}", "format"),
-        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {}, pints: []}", "unknown key 'pints'; did you mean 'points'"),
-        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {linear: [{w: [9], a: [8], runs: i}]}}", "width 9 is not one of"),
-        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {conv: []}}", "layers.conv"),
+        (
+            HEAD + "layers: {}, pints: []}",
+            "unknown key 'pints'; did you mean 'points'",
+        ),
+        (
+            HEAD + "layers: {linear: [{w: [9], a: [8], runs: i}]}}",
+            "width 9 is not one of",
+        ),
+        (HEAD + "layers: {conv: []}}", "layers.conv"),
         ("!!python/object/apply:os.system [echo]", "not valid YAML"),
-        ("{format: bitwright-target-1, name: m, version: 1, about: a, layers: {}, points: [adds]}", "points.0"),
+        (HEAD + "layers: {}, points: [adds]}", "points.0"),
     ],
 )
 def test_a_malformed_target_is_refused_by_what_is_wrong(tmp_path, text, message):

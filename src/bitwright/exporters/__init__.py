@@ -27,12 +27,16 @@ Reference = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a quantized network on the CPU in eval mode, an input for it, its policy and its architecture."""
+    """What is exported: a quantized network on the CPU in eval mode, an input for it, its policy and its architecture.
+
+    ``memo`` is where `Exporter.write` may leave for `Exporter.check` what takes long to make twice.
+    """
 
     model: nn.Module
     example: Example
     policy: Policy | None
     reference: Reference | None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,8 @@ class Emission:
             raise ExportError(f"export: a {kind} in '{module_of(node)}' has a weight that is computed; make it a parameter of its own")
         affine, last = self._affine(node, kind, values)
         name, layer_bits = self._which(node, weight)
+        if isinstance(weight, Coded) and self.form.round_biases:
+            weight = _finer(weight, bias, affine, self.steps.get(x), 1 if kind.startswith("conv_transpose") else 0)
         w, step = self._weight(weight, affine, node, name, layer_bits)
         b = self._bias(bias, affine, self.steps.get(x), step, name)
         out = self._linear(node, x, w, b, name) if kind in ("linear", "addmm") else self._convolution(kind, values, x, w, b, name)
@@ -293,7 +295,8 @@ class Emission:
         flip = self._turns(node)
         if isinstance(weight, Coded):
             scale = np.array(weight.scale.double().numpy() * (1.0 if gain is None else gain))
-            codes, scale = _positive(weight.codes.numpy().copy(), np.broadcast_to(scale, weight.codes.shape).copy(), axis)
+            low = -(2 ** (self._type(weight, weight.codes.numpy())[1] - 1))
+            codes, scale = _positive(weight.codes.numpy().copy(), np.broadcast_to(scale, weight.codes.shape).copy(), axis, low)
             written, _ = self._write_codes(weight, scale.T if flip else scale, codes.T if flip else codes)
             return written, _by_channel(scale, axis)
         values = weight.double().numpy() * (1.0 if gain is None else gain)
@@ -398,16 +401,37 @@ def _coded(mark: Mark, weight: Tensor) -> Coded:
     return Coded(codes.to(torch.int32), scale.expand(weight.shape), mark.address, mark.bits)
 
 
-def _positive(codes: Any, scale: Floats, axis: int) -> tuple[Any, Floats]:
-    """Return codes and scales with scales above zero wherever 8 bits have the negated codes; a channel of zeros gets any scale."""
+def _positive(codes: Any, scale: Floats, axis: int, low: int) -> tuple[Any, Floats]:
+    """Return codes and scales with scales above zero wherever the type has the negated codes; a channel of zeros gets any scale."""
     moved, steps = np.moveaxis(codes, axis, 0), np.moveaxis(scale, axis, 0)
     largest = float(np.abs(scale).max(initial=0.0)) or 1.0
     for channel in range(len(moved)):
         if not moved[channel].any() or not steps[channel].any():
             moved[channel], steps[channel] = 0, largest
-        elif steps[channel].flat[0] < 0 and moved[channel].min() > -128:
+        elif steps[channel].flat[0] < 0 and moved[channel].min() > low:
             moved[channel], steps[channel] = -moved[channel], -steps[channel]
     return codes, scale
+
+
+def _finer(weight: Coded, bias: Tensor | None, affine: Any, step: float | None, axis: int) -> Coded:
+    """Return a weight of few bits with larger codes and a smaller scale, where its bias is no multiple of the accumulator's step.
+
+    A bias is rounded to that step, which is coarse where weights have few bits; 8-bit integers have room to make it finer, and the
+    weights stay what they are.
+    """
+    if step is None or (bias is None and affine is None) or weight.codes.numel() == 0:
+        return weight
+    value = np.zeros(1) if bias is None else bias.double().numpy()
+    scale = _by_channel(weight.scale.double().numpy(), axis)
+    if affine is not None:
+        value, scale = affine[0] * value + affine[1], scale * affine[0]
+    units = value / (scale * np.float32(step))
+    if np.array_equal(units, np.rint(units)):
+        return weight
+    factor = 1
+    while int(weight.codes.abs().max()) * factor * 2 <= 127:
+        factor *= 2
+    return weight._replace(codes=weight.codes * factor, scale=weight.scale / factor)
 
 
 def _by_channel(scale: Floats, axis: int) -> Floats:

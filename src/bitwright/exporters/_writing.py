@@ -49,6 +49,7 @@ class Writer:
         """Write a node and return the name of its output, or the names of several."""
         own = self.name(name or kind.lower())
         made = [own if outputs == 1 else f"{own}.{k}" for k in range(outputs)]
+        self.taken.update(made)
         self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), made, own, domain=domain, **attributes))
         return made[0] if outputs == 1 else made
 

@@ -127,6 +127,12 @@ class Onnx(Exporter):
         return verify_file(required("onnx"), path, run_session)
 
     def _written(self, source: Source) -> Written:
+        if "onnx" not in source.memo:
+            source.memo["onnx"] = self._write(source)
+        found: Written = source.memo["onnx"]
+        return found
+
+    def _write(self, source: Source) -> Written:
         onnx = required("onnx")
         program = capture(source.model, source.example)
         if not program.marks and not program.layers:

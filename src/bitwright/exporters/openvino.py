@@ -133,12 +133,17 @@ def library() -> Any:
 
 def converted(source: Source) -> Written:
     """Return the network as the ONNX model that is converted."""
+    if "openvino" in source.memo:
+        found: Written = source.memo["openvino"]
+        return found
     library()
     program = capture(source.model, source.example)
     if not program.layers:
         raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
     rewrite(program)
-    return written(required("onnx"), program, source, Form(FewLevels(), native=(4,), clip_codes=False), {DOMAIN: 1})
+    made = written(required("onnx"), program, source, Form(FewLevels(), native=(4,), clip_codes=False), {DOMAIN: 1})
+    source.memo["openvino"] = made
+    return made
 
 
 def runtime_options(layers: Mapping[str, Bits]) -> dict[str, str]:

@@ -106,6 +106,7 @@ class PointOwner(nn.Module):
 def _owner_class(base: Any) -> type[PointOwner]:
     """Return the subclass of a network's class that runs its points."""
 
+    @functools.wraps(base.forward)
     def forward(self: PointOwner, *args: Any, **kwargs: Any) -> Any:
         places = {int(name): cast(LSQActivation, point) for name, point in self.quantized_points.items()}
         if ENTRY in places:

@@ -1,0 +1,272 @@
+"""ONNX files compute the network's codes, say so layer by layer, and are refused where they do not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deployed import IMAGES, NETWORKS, OptionA, deployed
+from torch import nn
+
+from bitwright.errors import ExportError
+from bitwright.exporters import Source, _plain_copy, export, verify
+from bitwright.policy import Policy
+from bitwright.quant import QuantOptions, quantize
+
+onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")
+pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
+
+MIXED = [(8, 8), (4, 4), (2, 8), (1, 4), (3, 1), (5, 6), (16, 16), (32, 32), (7, 32), (32, 8)]
+INTEGERS = [(8, 8), (4, 4), (2, 8), (6, 3)]
+
+
+@pytest.mark.parametrize(("name", "bits"), [("option-a", [(8, 8)]), ("option-a", INTEGERS), ("inverted", [(4, 4)]), ("digits", INTEGERS)])
+def test_power_of_two_scales_are_equal_bit_for_bit_and_every_layer_runs_in_integers(tmp_path, name, bits):
+    model, x, policy = deployed(name, bits, scales="power_of_two")
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, fallback="raise")
+    facts = json.loads((tmp_path / "m.onnx.parity.json").read_text())
+    assert facts["exact"] is True
+    assert (artefact.largest_difference, facts["outputs"], facts["float_fallbacks"]) == (0.0, 0.0, [])
+    assert {row["steps"] for row in facts["alone"] + facts["chained"]} == {0}
+    assert all(kind.startswith("int8") for kind in facts["executed"].values())
+    assert artefact.levels == verify(tmp_path / "m.onnx").levels
+    assert all(artefact.levels[site] <= 2**w for site, (w, _) in policy.items())
+
+
+@pytest.mark.parametrize(("name", "bits"), [*((name, MIXED) for name in sorted(NETWORKS)), ("inverted", [(8, 8)]), ("block", [(8, 8)])])
+def test_free_scales_are_within_one_step_layer_by_layer(tmp_path, name, bits):
+    model, x, policy = deployed(name, bits)
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, outputs=0.05 if len(bits) == 1 else 1.0)
+    assert max((row["steps"] for row in artefact.parity["alone"]), default=0) <= 1
+    verified = verify(tmp_path / "m.onnx")
+    assert verified.policy == policy
+    rows = {(row.name, row.kind): row for row in verified.tensors}
+    for site, (w, _) in policy.items():
+        if (site, "weight") in rows and w <= 8:
+            assert rows[site, "weight"].levels <= 2**w
+        if (site, "weight") in rows and w == 16:
+            assert rows[site, "weight"].stored == "BFLOAT16"
+
+
+def test_the_file_needs_the_checker_and_the_runtime_alone(tmp_path):
+    import onnxruntime
+
+    model, x, policy = deployed("option-a", [(8, 8)])
+    export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 8):  # the batch is free
+        (out,) = session.run(None, {session.get_inputs()[0].name: x[:batch].numpy()})
+        assert out.shape == (batch, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.parity.json"]
+
+
+@pytest.mark.parametrize(("width", "stored"), [(4, "INT4"), (2, "INT2"), (5, "INT8")])
+def test_native_types_are_of_the_width_where_no_integer_kernel_is_lost(tmp_path, width, stored):
+    model, x, policy = deployed("tiny", [(width, 32)])
+    export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, types="native", outputs=0.001)
+    assert {row.stored for row in verify(tmp_path / "m.onnx").tensors} == {stored}
+    model, x, policy = deployed("tiny", [(width, 8)])
+    export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, types="native", outputs=1.0)
+    assert {row.stored for row in verify(tmp_path / "m.onnx").tensors} == {"INT8", "UINT8"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantizer": "dorefa"}, {"quantizer": "pact"}, {"quantizer": "entropy"}, {"per_channel": False}, {"narrow": True}]
+)
+def test_every_quantizer_is_exported(tmp_path, options):
+    model, x, policy = deployed("tiny", [(4, 4), (7, 8), (1, 4)], **options)
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, outputs=1.0)
+    assert all(artefact.levels[site] <= 2**w for site, (w, _) in policy.items())
+
+
+def test_without_points_layers_fall_back_to_float_and_that_is_said_or_refused(tmp_path):
+    model, x, policy = deployed("option-a", [(8, 8)], points=())
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
+    assert artefact.parity["float_fallbacks"] == ["stem", "two"]
+    with pytest.raises(ExportError, match="ONNX Runtime runs 'stem', 'two' in float; quantize with a target or points"):
+        export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, fallback="raise")
+
+
+# ---- what is refused
+
+
+class Refused(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.layer, self.call = nn.Conv2d(3, 3, 1), call
+
+    def forward(self, x):
+        return self.call(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: torch.fft.fft(x).real, "the call '.*fft.*' in the network itself has no ONNX form"),
+        (lambda x: F.adaptive_avg_pool2d(x, 3), r"adaptive pooling from \[8, 8\] to \[3, 3\] has windows of several sizes"),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
+        (lambda x: x if x.sum() > 0 else -x, "cannot be followed as a graph"),
+    ],
+)
+def test_what_has_no_form_is_an_error_that_names_it(tmp_path, call, message):
+    model = quantize(Refused(call), Policy({"layer": (8, 8)}), calibration=IMAGES)
+    with pytest.raises(ExportError, match=message):
+        export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wide_half_integer_codes_and_float_networks_and_unknown_options_are_errors(tmp_path):
+    model, x, policy = deployed("tiny", [(8, 8)], quantizer="dorefa")
+    with pytest.raises(ExportError, match=r"'0' has codes from -255 to 255.* use quantizer='lsq', or 7 bits"):
+        export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
+    with pytest.raises(ExportError, match="no quantized layer"):
+        export(OptionA(), "onnx", tmp_path / "m.onnx", example=IMAGES)
+    with pytest.raises(ExportError, match="types 'int4'; type 'int8' or 'native'"):
+        export(model, "onnx", tmp_path / "m.onnx", example=x, types="int4")
+    with pytest.raises(ExportError, match="no option 'step' for onnx; did you mean 'steps'"):
+        export(model, "onnx", tmp_path / "m.onnx", example=x, step=1)
+
+
+def test_an_artefact_that_computes_something_else_is_refused_and_nothing_stays(tmp_path):
+    model, x, policy = deployed("option-a", [(8, 8)], scales="power_of_two")
+    other, _, _ = deployed("option-a", [(8, 8)], scales="power_of_two")
+    with torch.no_grad():
+        other.two.weight.mul_(1.5)
+    from bitwright.exporters.onnx import Onnx
+
+    Onnx().write(Source(_plain_copy(model), x, policy, None), tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"does not reproduce the network: asked for equal codes .*'point:"):
+        Onnx().check(Source(_plain_copy(other), x, policy, None), tmp_path / "m.onnx")
+
+
+def test_outputs_beyond_the_bound_are_refused(tmp_path):
+    model, x, policy = deployed("tiny", [(4, 4)])
+    with pytest.raises(ExportError, match=r"its outputs differ by .* % of the largest .*, and 0\.001 % is allowed"):
+        export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, outputs=1e-5)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- verify
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    model, x, policy = deployed("option-a", [(4, 8)], scales="power_of_two")
+    path = tmp_path_factory.mktemp("good") / "m.onnx"
+    export(model, "onnx", path, example=x, policy=policy)
+    return path
+
+
+def test_verify_counts_levels_runs_the_file_and_tells_them(good):
+    found = verify(good).to_dict()
+    assert found["samples"] == 2
+    assert found["answer_difference"] == 0.0
+    assert {row["stored"] for row in found["tensors"]} == {"INT8", "UINT8"}
+    assert json.loads(json.dumps(found))["policy"]["two"] == [4, 8]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(good, tmp_path, share):
+    data = good.read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ExportError, match=r"truncated|cut off|does not match|no format"):
+        verify(tmp_path / "cut.onnx")
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.95])
+def test_a_flipped_bit_is_refused(good, tmp_path, place):
+    data = bytearray(good.read_bytes())
+    data[int(len(data) * place)] ^= 4
+    (tmp_path / "bad.onnx").write_bytes(data)
+    with pytest.raises(ExportError, match=r"bad\.onnx"):
+        verify(tmp_path / "bad.onnx", to="onnx")
+
+
+def _resigned(path, target, change):
+    """Change a model as somebody would who also mends its checksum."""
+    from bitwright.exporters._onnx_file import SUM, checksum
+
+    model = onnx.load(str(path))
+    change(model)
+    entry = next(entry for entry in model.metadata_props if entry.key == SUM)
+    entry.value = checksum(model)
+    target.write_bytes(model.SerializeToString(deterministic=True))
+    return target
+
+
+def test_more_levels_than_the_policy_and_another_answer_are_refused_though_the_checksum_fits(good, tmp_path):
+    def widen(model):
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name == "two.weight")
+        weight.raw_data = bytes(range(256)) * (len(weight.raw_data) // 256)
+
+    def scale(model):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight_scale")
+        tensor.raw_data = bytes(4) * (len(tensor.raw_data) // 4)
+
+    with pytest.raises(ExportError, match=r"does not keep its policy: the weight 'two' has .* distinct values and 4 bits allow 16"):
+        verify(_resigned(good, tmp_path / "wide.onnx", widen))
+    with pytest.raises(ExportError, match=r"its output on the sample differs by .* from the network's own answer"):
+        verify(_resigned(good, tmp_path / "other.onnx", scale))
+
+
+def test_metadata_that_do_not_fit_are_refused(good, tmp_path):
+    from bitwright.exporters._onnx_file import KEY
+
+    def forget(model):
+        del model.graph.initializer[:]
+
+    def nonsense(model):
+        next(entry for entry in model.metadata_props if entry.key == KEY).value = '{"format": "bitwright-onnx-1", "policy": 3}'
+
+    def external(model):
+        model.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+
+    for change, message in ((forget, "refused by onnx.checker"), (nonsense, "metadata do not parse"), (external, "refers to other files")):
+        with pytest.raises(ExportError, match=message):
+            verify(_resigned(good, tmp_path / "bad.onnx", change))
+
+
+def test_files_that_are_none_of_ours_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(ExportError, match="of no format that bitwright writes"):
+        verify(tmp_path / "a.txt")
+    with pytest.raises(ExportError, match="no such file"):
+        verify(tmp_path / "b.onnx")
+    (tmp_path / "c.onnx").write_bytes(onnx.ModelProto().SerializeToString())
+    with pytest.raises(ExportError, match="bitwright did not write it"):
+        verify(tmp_path / "c.onnx", to="onnx")
+
+
+def test_a_packed_file_is_verified_too(tmp_path):
+    from bitwright import models
+    from bitwright.exporters import Verification
+    from bitwright.sites import trace
+
+    model = models.build("digits_cnn").eval()
+    policy = Policy(dict.fromkeys(trace(model, torch.zeros(1, 1, 8, 8)).names, (3, 32)))
+    quantized = quantize(model, policy)
+    export(quantized, "packed", tmp_path / "m.safetensors", example=torch.rand(2, 1, 8, 8), policy=policy, reference=("digits_cnn", {}))
+    found = verify(tmp_path / "m.safetensors")
+    assert isinstance(found, Verification)
+    assert set(found.levels.values()) <= set(range(9))
+    data = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(data[:-9])
+    with pytest.raises(ExportError, match="truncated"):
+        verify(tmp_path / "m.safetensors")
+
+
+def test_what_a_packed_file_cannot_say_is_an_error_that_names_it(tmp_path):
+    model, x, policy = deployed("digits", [(8, 8)])
+    with pytest.raises(ExportError, match="cannot say 'point:14:relu' of a target; give --to onnx"):
+        export(model, "packed", tmp_path / "m.safetensors", example=x, policy=policy)
+    model, x, policy = deployed("digits", [(8, 8)], points=(), scales="power_of_two")
+    with pytest.raises(ExportError, match="the BatchNorm 'bn1' is folded"):
+        export(model, "packed", tmp_path / "m.safetensors", example=x, policy=policy)
+
+
+def test_options_in_quantize_reach_the_graph():
+    assert QuantOptions(scales="power_of_two").integer
+    assert not QuantOptions().integer
