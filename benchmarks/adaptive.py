@@ -74,7 +74,8 @@ def options_of(arm: str, job: Job, rate: float, epochs: float) -> FinetuneOption
     return dataclasses.replace(base, lr=rate, max_steps=max(1, steps), epochs=max(1, round(epochs)))
 
 
-LIMIT = 0
+LIMIT, TESTED = 0, 0
+"""Training and test images of a trial; 0 takes all."""
 
 
 def fit_of(job: Job) -> Any:
@@ -139,6 +140,7 @@ class Judge:
         self.base, self.mix = job.data.test, Mix()
         if isinstance(job.data.test, MixedSplit):
             self.base, self.mix = job.data.test.base, job.data.test.mix
+        self.base = self.base.take(TESTED) if TESTED else self.base
         self.share = 0.0 if policy is None else BitOps().total(job.trace.sites, policy) / self.space.limit
 
     def seen(self, split: Any, forced: Tensor | None = None) -> Seen:
@@ -312,13 +314,14 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.04, 0.08])
     parser.add_argument("--epochs", type=float, default=20.0, help="of a static arm; others have as many sample-passes")
     parser.add_argument("--images", type=int, default=0, help="train on so many images only (a trial)")
+    parser.add_argument("--test-images", type=int, default=0, help="judge on so many test images only (a trial)")
     parser.add_argument("--probe", type=int, default=2000, help="test images of each corruption and severity")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the recipe")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-write", action="store_true", help="only train; another process writes the rows")
     arguments = parser.parse_args()
-    global LIMIT  # noqa: PLW0603  (a trial's one setting that everything reads)
-    LIMIT = arguments.images
+    global LIMIT, TESTED
+    LIMIT, TESTED = arguments.images, arguments.test_images
     made_by, best = environment(), []
     for seed in arguments.seeds:
         for arm in arguments.arms:
