@@ -36,7 +36,8 @@ class Draws:
 
     def words(self, stream: int, shape: Sequence[int]) -> Tensor:
         """Return 32 random bits for each place of [N, *shape], as int32."""
-        low, high = _hash(_hash(self.low + stream * STEP) ^ self.high), _hash(_hash(self.high - stream * STEP) ^ self.low)
+        away = (stream * STEP + 2**31) % 2**32 - 2**31  # wrapped to 32 bits, as the sums are
+        low, high = _hash(_hash(self.low + away) ^ self.high), _hash(_hash(self.high - away) ^ self.low)
         places = torch.arange(math.prod(shape), dtype=torch.int32, device=self.low.device)
         mixed = _hash(places + low[:, None]).bitwise_xor_(high[:, None])
         return _hash(mixed).view(-1, *shape)
