@@ -21,6 +21,7 @@ import yaml
 from bitwright import pipeline
 from bitwright.baselines import COLUMNS
 from bitwright.compare import compare
+from bitwright.data import DatasetSplit, Mix, MixedSplit
 from bitwright.errors import BudgetError, PolicyError, RecipeError, RunError, TrainingError
 from bitwright.exporters.packed import load
 from bitwright.job import Job, on_device
@@ -420,3 +421,12 @@ def test_a_search_stops_at_an_accuracy(tiny: dict[str, Any], tmp_path: Path) -> 
     assert len([row for row in rows if not row.get("uniform")]) == 1
     with pytest.raises(RecipeError, match=r"compare: search\.stop_at would stop some methods before others"):
         compare(tiny, tmp_path / "comparison")
+
+
+def test_a_split_that_is_moved_to_a_device_can_be_of_mixed_quality() -> None:
+    base = DatasetSplit([(torch.rand(1, 8, 8), k % 2) for k in range(6)], classes=2)
+    mix, index = Mix({"fog": 1}, {2: 1}, clean=0.0), torch.arange(6)
+    x, y = MixedSplit(on_device(base, torch.device("cpu")), mix, seed=0).batch(index)
+    expected, labels = MixedSplit(base, mix, seed=0).batch(index)
+    assert torch.equal(x, expected)
+    assert torch.equal(y, labels)
