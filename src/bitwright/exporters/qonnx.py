@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class Qonnx(Exporter):
         model, made = read_model(required("onnx"), path), self._written(source)
         parity = compare(source, made, model)
         judge(parity, self.steps, self.outputs, "qonnx")
-        verified = verify_file(required("onnx"), path, run_qonnx)
+        verified = self.verify(path)
         return Check(verified.levels, parity.difference, parity.to_dict())
 
     @classmethod
@@ -182,7 +182,7 @@ class Qonnx(Exporter):
     @classmethod
     def verify(cls, path: Path, model: Any = None) -> Verification:
         """Read a file, count its levels and run it; raises `ExportError` with the reason for a damaged one."""
-        return verify_file(required("onnx"), path, run_qonnx)
+        return replace(verify_file(required("onnx"), path, run_qonnx), to="qonnx")
 
     def _written(self, source: Source) -> Written:
         tools()
