@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +155,7 @@ def written(
     source: Source,
     form: Form,
     domains: Mapping[str, int] | None = None,
-    emits: type[Emission] = Emission,
+    emits: Callable[[Writer, Program, Form], Emission] = Emission,
 ) -> Written:
     """Return a program as an ONNX model, written by a kind of `Emission`."""
     writer = Writer(onnx, program.inputs[0])

@@ -1,0 +1,309 @@
+r"""Measured latency as a cost: what each layer and choice takes on a target's runtime, on the machine at hand.
+
+Layers are not timed alone: what one takes depends on its neighbours, because a change between integers and floating point costs
+time of its own and fused operations cost none. Whole networks are timed instead, at random policies, and
+
+.. math:: T(\pi) \approx T_0 + \sum_i t_i(\mathrm{class}_i(\pi))
+
+is fitted by least squares, where a class is what the target runs a pair of widths as (``int8``, ``bf16``, …). Terms are drawn
+towards a share of the uniform networks' times in proportion to multiply-accumulates. The terms so hold what borders cost on
+average. How well whole networks are predicted is judged on policies that nothing was fitted on, and kept in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitwright.costs import Cost
+from bitwright.errors import BudgetError, TargetError
+from bitwright.policy import Bits, Policy
+from bitwright.runs import versions, write_text_atomic
+from bitwright.sites import Site, Trace
+from bitwright.targets import Target
+
+FORMAT = "bitwright-latency-1"
+FILE = "latency.json"
+SECONDS = 0.05
+"""Processor time for which a network is run in one turn."""
+TURNS = 3
+"""Turns that every network gets; those of different networks alternate."""
+SHRINKAGE = 0.3
+"""Standard deviation of a term about its prior, as a share of the prior, where measurements are exact to `NOISE`."""
+NOISE = 0.02
+"""Standard deviation of a measurement, as a share of it."""
+Floats = NDArray[np.float64]
+Classes = Mapping[str, Mapping[Bits, str]]
+"""By site, what the target runs each pair of widths as."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one network took, in nanoseconds: the median of the faster half of the runs, the middle 80 %, and how many runs.
+
+    It is the processor time of one thread, which is the latency where nothing else wants that core.
+    """
+
+    policy: Policy
+    median: int
+    low: int
+    high: int
+    runs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        sites = {name: list(bits) for name, bits in self.policy.items()}
+        return {"policy": sites, "median": self.median, "p10": self.low, "p90": self.high, "n": self.runs}
+
+
+@dataclass(frozen=True)
+class Table(Cost):
+    """A latency table, and the cost that it is: call it as ``table(site, bits)``.
+
+    Attributes:
+        target: name and version of the target.
+        machine: what the times hold for.
+        base: nanoseconds of what no site is charged for.
+        terms: nanoseconds by site and class.
+        classes: by site, the class of every pair of widths.
+        fitted: the timings that the terms are fitted on.
+        judged: timings beside predictions of policies that nothing was fitted on.
+    """
+
+    name: ClassVar[str] = "latency"
+    unit: ClassVar[str] = "ns"
+    suffixes: ClassVar[Mapping[str, int]] = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+
+    target: str
+    machine: Mapping[str, Any] = field(hash=False)
+    base: int
+    terms: Mapping[str, Mapping[str, int]] = field(hash=False)
+    classes: Mapping[str, Mapping[Bits, str]] = field(hash=False)
+    fitted: tuple[Timing, ...] = field(default=(), hash=False)
+    judged: tuple[Timing, ...] = field(default=(), hash=False)
+
+    @property
+    def fixed(self) -> int:
+        """What is spent whatever the policy says."""
+        return self.base
+
+    def __call__(self, site: Site, bits: Bits) -> int:
+        """Return the nanoseconds of a site at a pair of widths."""
+        if site.name not in self.terms:
+            raise BudgetError(
+                f"latency: the table has no site '{site.name}'; measure this network: bitwright profile --target NAME --measure"
+            )
+        if bits not in self.classes[site.name]:
+            raise BudgetError(
+                f"latency: {self.target} does not run '{site.name}' at {bits!r}; give --target, which leaves such choices out"
+            )
+        return self.terms[site.name][self.classes[site.name][bits]]
+
+    def in_float(self, sites: Sequence[Site]) -> int:  # type: ignore[override]
+        """Return the slowest that the sites can be: the whole of a budget in percent."""
+        return sum(max(self.terms[site.name].values()) for site in sites)
+
+    def predict(self, policy: Mapping[str, Bits]) -> int:
+        """Return the nanoseconds of a whole network."""
+        return self.base + sum(self.terms[name][self.classes[name][bits]] for name, bits in policy.items())
+
+    def errors(self) -> list[float]:
+        """Return how far each judged prediction is off, as a share of the measurement."""
+        return [abs(self.predict(timing.policy) / timing.median - 1) for timing in self.judged]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values; `from_dict` reads them back."""
+        classes = {name: {f"{b.w},{b.a}": kind for b, kind in known.items()} for name, known in self.classes.items()}
+        facts: dict[str, Any] = {"format": FORMAT, "unit": "ns", "clock": "processor time, one thread", "batch": 1}
+        facts |= {"target": self.target, "machine": dict(self.machine)}
+        errors = self.errors()
+        judged = {"median_error": float(np.median(errors)), "worst_error": max(errors), "policies": len(errors)} if errors else None
+        terms = {name: dict(known) for name, known in self.terms.items()}
+        timings = {"fitted": [t.to_dict() for t in self.fitted], "judged": [t.to_dict() for t in self.judged]}
+        return {**facts, "base": self.base, "terms": terms, "classes": classes, "prediction": judged, **timings}
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to a JSON file."""
+        write_text_atomic(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Table:
+        """Read what `save` wrote; raises `BudgetError` for anything else."""
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+            if data["format"] != FORMAT or data["unit"] != "ns":
+                raise BudgetError(f"{path}: its format is {data['format']!r}, expected '{FORMAT}' in ns; measure again")
+            classes = {
+                name: {Bits(*map(int, key.split(","))): str(kind) for key, kind in known.items()} for name, known in data["classes"].items()
+            }
+            terms = {name: {str(kind): int(ns) for kind, ns in known.items()} for name, known in data["terms"].items()}
+            fitted, judged = (tuple(_timing(entry) for entry in data[part]) for part in ("fitted", "judged"))
+            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, fitted, judged)
+        except OSError as error:
+            ask = "measure one: bitwright profile --target NAME --measure"
+            raise BudgetError(f"latency: no table in {path} ({error.strerror}); {ask}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BudgetError(f"latency: {path} is no latency table ({type(error).__name__}: {str(error)[:60]}); measure again") from None
+
+
+def _bits(key: str) -> Bits:
+    w, a = map(int, key.split(","))
+    return Bits(w, a)
+
+
+def _timing(entry: Mapping[str, Any]) -> Timing:
+    policy = Policy({name: (int(w), int(a)) for name, (w, a) in entry["policy"].items()})
+    return Timing(policy, int(entry["median"]), int(entry["p10"]), int(entry["p90"]), int(entry["n"]))
+
+
+def fingerprint(runtime: str) -> dict[str, Any]:
+    """Return what a latency table holds for: processor, its features, threads, runtime and versions."""
+    text = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    known = {key.strip(): value.strip() for key, value in lines.items()}
+    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    features = [flag for flag in wanted if flag in known.get("flags", "").split()]
+    library = __import__(runtime)
+    facts = {"processor": known.get("model name", platform.processor()), "features": features, "cores": os.cpu_count(), "threads": 1}
+    return {**facts, "system": platform.system(), "runtime": f"{runtime} {library.__version__}", "versions": versions()}
+
+
+# ---- measuring
+
+
+def measure_table(
+    model: nn.Module,
+    trace: Trace,
+    example: Tensor,
+    target: Target,
+    choices: Mapping[str, Sequence[Bits]],
+    *,
+    policies: int | None = None,
+    judged: int = 0,
+    seed: int = 0,
+    log: Callable[[str], None] | None = None,
+) -> Table:
+    """Time random policies of a network on a target's runtime and fit a table.
+
+    Args:
+        model: the float network; its weights do not matter.
+        trace: its sites.
+        example: an input; one sample of it is run.
+        target: whose runtime measures; its ``latency`` says which.
+        choices: the widths that each site may have.
+        policies: how many are timed to fit on, beside the uniform ones; by default two for each site that has classes to choose from.
+        judged: further policies that the table is judged on.
+        seed: of the policies.
+        log: told what is being measured.
+
+    Raises:
+        TargetError: nothing here measures for the target.
+    """
+    from bitwright.timing import Stopwatch  # noqa: PLC0415  (needs the extras of the runtimes)
+
+    if target.latency is None:
+        raise TargetError(f"target {target.name}: nothing here measures its latency; take openvino-x86 or onnxruntime-x86")
+    classes = {
+        site.name: {bits: str(target.runs(site, bits)) for bits in choices[site.name] if target.runs(site, bits)} for site in trace.sites
+    }
+    free = [name for name, known in classes.items() if len(set(known.values())) > 1]
+    rng = np.random.default_rng(seed)
+    count = max(8, 2 * len(free)) if policies is None else policies
+    drawn = [*uniform_policies(classes), *(random_policy(classes, rng) for _ in range(count + judged))]
+    stopwatch = Stopwatch(model, trace, example, target)
+    timings = stopwatch.time(drawn, SECONDS, TURNS, log)
+    fitted, held = timings[: len(timings) - judged], timings[len(timings) - judged :]
+    base, terms = fit(trace.sites, classes, fitted)
+    name = f"{target.name} version {target.version}"
+    return Table(name, fingerprint(target.latency), base, terms, classes, tuple(fitted), tuple(held))
+
+
+def uniform_policies(classes: Mapping[str, Mapping[Bits, str]]) -> list[Policy]:
+    """Return for each class the policy of it wherever it is, and of the site's first choice elsewhere."""
+    kinds = dict.fromkeys(kind for known in classes.values() for kind in known.values())
+    return [Policy((name, _of(known, kind)) for name, known in classes.items()) for kind in kinds]
+
+
+def _of(known: Mapping[Bits, str], kind: str) -> Bits:
+    return next((bits for bits, own in known.items() if own == kind), next(iter(known)))
+
+
+def random_policy(classes: Mapping[str, Mapping[Bits, str]], rng: np.random.Generator) -> Policy:
+    """Draw a policy: first how much of each class, then the class of each site, so that rare mixtures come too."""
+    kinds = list(dict.fromkeys(kind for known in classes.values() for kind in known.values()))
+    shares = dict(zip(kinds, rng.dirichlet(np.ones(len(kinds))), strict=True))
+    entries = []
+    for name, known in classes.items():
+        own = list(dict.fromkeys(known.values()))
+        weights = np.array([shares[kind] for kind in own])
+        entries.append((name, _of(known, own[int(rng.choice(len(own), p=weights / weights.sum()))])))
+    return Policy(entries)
+
+
+def fit(
+    sites: Sequence[Site], classes: Mapping[str, Mapping[Bits, str]], timings: Sequence[Timing]
+) -> tuple[int, dict[str, dict[str, int]]]:
+    """Return (base, terms) of least squared relative error, each term drawn towards its prior; none is below zero.
+
+    Args:
+        sites: with their multiply-accumulates.
+        classes: by site, the class of every pair of widths.
+        timings: of whole networks.
+    """
+    keys = [(name, kind) for name, known in classes.items() for kind in dict.fromkeys(known.values())]
+    place = {key: k for k, key in enumerate(keys)}
+    design = np.zeros((len(timings), len(keys) + 1))
+    design[:, -1] = 1
+    for row, timing in enumerate(timings):
+        for name, bits in timing.policy.items():
+            design[row, place[name, classes[name][bits]]] = 1
+    wanted = np.array([timing.median for timing in timings], dtype=np.float64)
+    prior = _prior(sites, classes, keys, timings)
+    weights = 1 / (NOISE * wanted)
+    pull = 1 / (SHRINKAGE * np.maximum(prior, prior.sum() / len(prior) / 20))
+    rows = np.concatenate([design * weights[:, None], np.diag(pull)])
+    solution = np.linalg.lstsq(rows, np.concatenate([wanted * weights, prior * pull]), rcond=None)[0]
+    values = [max(0, round(float(value))) for value in solution]
+    terms: dict[str, dict[str, int]] = {}
+    for (name, kind), value in zip(keys, values, strict=False):
+        terms.setdefault(name, {})[kind] = value
+    return values[-1], terms
+
+
+def _prior(
+    sites: Sequence[Site], classes: Mapping[str, Mapping[Bits, str]], keys: Sequence[tuple[str, str]], timings: Sequence[Timing]
+) -> Floats:
+    """Return a share of the time of the network that is most of a class, by multiply-accumulates; a tenth is nobody's."""
+    macs = {site.name: max(site.macs, 1) for site in sites}
+    whole = sum(macs.values())
+    by_kind: dict[str, tuple[float, float]] = {}
+    for timing in timings:
+        for kind in {classes[name][bits] for name, bits in timing.policy.items()}:
+            share = sum(macs[name] for name, bits in timing.policy.items() if classes[name][bits] == kind) / whole
+            by_kind[kind] = max(by_kind.get(kind, (0.0, 0.0)), (share, float(timing.median)))
+    mean = math.fsum(timing.median for timing in timings) / len(timings)
+    prior = [0.9 * by_kind.get(kind, (0.0, mean))[1] * macs[name] / whole for name, kind in keys]
+    return np.array([*prior, 0.1 * mean])
+
+
+def skipped_on_gpu() -> str | None:
+    """Return why nothing is measured on a GPU here; None where there is one.
+
+    >>> skipped_on_gpu() is None or "GPU" in skipped_on_gpu()
+    True
+    """
+    return None if torch.cuda.is_available() else "no CUDA GPU is here, so INT8, FP8 and bf16 layers are not timed on one"
+
+
+__all__ = ["FILE", "Table", "Timing", "fit", "measure_table"]
