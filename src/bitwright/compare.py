@@ -74,6 +74,8 @@ def compare(
         BudgetError: a budget cannot be met, or no method could run at one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if recipe.adaptive is not None:
+        raise RecipeError(f"compare {recipe.name}: an adaptive recipe has no static policies to compare; see benchmarks/adaptive.py")
     if recipe.search.stop_at is not None:
         raise RecipeError("compare: search.stop_at would stop some methods before others; leave it out, or give search.steps")
     path = Path(out or Path("runs") / f"{recipe.name}-compare")

@@ -19,6 +19,7 @@ from torch import nn
 
 from bitwright import runs
 from bitwright.adaptive.files import space_of
+from bitwright.adaptive.session import Normalised, load_bank
 from bitwright.adaptive.stages import NEEDS as ADAPTIVE_NEEDS
 from bitwright.adaptive.stages import adaptive_stage, bank_stage, evaluate_adaptive
 from bitwright.baselines import baselines_stage
@@ -301,7 +302,8 @@ def export_file(
 
 def evaluate_file(job: Job, path: str | Path, conditions: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> dict[str, Any]:
     """Evaluate a packed file on the run's test split; raises `ExportError` if it cannot be read."""
-    network = load(path, job.untrained).to(job.device)
+    adaptive = job.recipe.adaptive is not None
+    network = (Normalised(load_bank(path, job.untrained)) if adaptive else load(path, job.untrained)).to(job.device)
     return {"path": str(path), **evaluate(network, job.data.test, conditions=conditions, seeds=seeds).to_dict()}
 
 

@@ -304,11 +304,35 @@ class SwitchableNorm(nn.Module):
         return norm.eval()
 
 
+class _Toward(torch.autograd.Function):
+    """A value, whose gate (of value zero) gets the gradient of moving it toward another: one pass forward and one back."""
+
+    @staticmethod
+    def forward(y: Tensor, other: Tensor, gate: Tensor) -> Tensor:
+        """Return ``y`` itself."""
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the two values."""
+        y, other, gate = inputs
+        ctx.save_for_backward(y, other)
+        ctx.kind = gate.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Return the gradient of the value, and of each sample's gate."""
+        y, other = ctx.saved_tensors
+        return grad, None, (grad * (other - y)).flatten(1).sum(1).to(ctx.kind)
+
+
 def mix(y: Tensor, other: Tensor, gate: Tensor | None, *, attached: bool) -> Tensor:
     """Return ``y`` with the neighbour's share; detached, the difference of the two is what the gate's gradient is taken against."""
     assert gate is not None
-    difference = other - y if attached else (other - y).detach()
-    return y + spread(gate, y).to(y.dtype) * difference
+    if attached:
+        return y + spread(gate, y).to(y.dtype) * (other - y)
+    result: Tensor = _Toward.apply(y, other.detach(), gate)  # type: ignore[no-untyped-call]
+    return result
 
 
 def affine(y: Tensor, slope: Tensor, offset: Tensor, index: Tensor) -> Tensor:

@@ -85,6 +85,18 @@ class Session(nn.Module):
             return logits, chosen
 
 
+class Normalised(nn.Module):
+    """A session for whoever has normalised images already, as a run's splits do."""
+
+    def __init__(self, session: Session):
+        super().__init__()
+        self.session = session
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of normalised images."""
+        return self.session.run(x)[0]
+
+
 def members_of(net: AdaptiveNet, index: Tensor) -> list[nn.Module]:
     """Return a bank's members ``[K, S]`` with their weights quantized once and for all."""
     return [frozen(net.member(row.tolist())) for row in index]

@@ -15,7 +15,7 @@ from bitwright.adaptive.network import AdaptiveNet
 from bitwright.adaptive.training import train_adaptive
 from bitwright.costs import Size
 from bitwright.data.quality import Mix, MixedSplit
-from bitwright.evaluation import evaluate
+from bitwright.evaluation import evaluate, wilson
 from bitwright.job import Job
 from bitwright.recipe import ExportSection, make_options
 from bitwright.runs import write_text_atomic
@@ -87,6 +87,8 @@ def _described(job: Job, net: AdaptiveNet, seen: Seen) -> dict[str, Any]:
     each = max(1, seen.index.shape[1])
     return {
         "top1": hits,
+        "n": len(seen.correct),
+        "interval": list(wilson(int(seen.correct.sum()), len(seen.correct))),
         **averages(net, seen),
         "bitops": float(seen.shares.double().mean()) * net.space.limit,
         "size": Size(job.overhead).total(sites, widest),
