@@ -23,6 +23,7 @@ from bitwright.deployment import (
     check_flags,
     check_policy,
     default_widths,
+    measure_latency,
     target_flag,
     target_overrides,
     targets_command,
@@ -173,6 +174,8 @@ def report_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Show the sites of a model, their work and what uniform widths cost; with --sensitivity what each choice loses."""
+    if arguments.measure == "latency":
+        return _measure_latency(arguments)
     table = arguments.sensitivity or arguments.save is not None
     if arguments.measure is not None and not table and not arguments.check_additivity:
         raise UsageError("profile --measure: also give what to do with it: --sensitivity, --save FILE or --check-additivity")
@@ -200,6 +203,16 @@ def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
             result = profile.profile(_job(arguments), measure=arguments.measure or "kl", **wanted)
     profile.show(result)
     return result
+
+
+def _measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        known = arguments.target is not None and Path(arguments.target).is_dir()
+        if not known and arguments.save is None:
+            raise UsageError("profile --measure: also give --save FILE, or a run directory, where the table is kept")
+        arguments.out = None if known else f"{scratch}/run"
+        arguments.budget = arguments.budget or ["weight_bits<=32"]
+        return measure_latency(_job(arguments), arguments.save, arguments.policies, arguments.judge)
 
 
 def methods_command(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,8 @@ from bitwright import models
 from bitwright.errors import ExportError, TargetError
 from bitwright.exporters import Verification, get, verify
 from bitwright.job import Job
+from bitwright.latency import FILE as LATENCY
+from bitwright.latency import SECONDS, TURNS, measure_table
 from bitwright.policy import Policy
 from bitwright.report.terminal import new_console
 from bitwright.targets import Target, available, get_target
@@ -80,6 +83,45 @@ def _show_verification(verified: Verification) -> None:
     answer = "" if verified.answer is None else f", its answer within {100 * verified.answer:.3g} % of the network's"
     ran = f"run on {verified.samples} samples{answer}" if verified.samples else "not run here"
     sys.stdout.write(f"{verified.path}: keeps its policy of {len(verified.policy)} sites; {ran}\n")
+
+
+# ---- latency
+
+
+def measure_latency(job: Job, save: str | None, policies: int | None, judged: int) -> dict[str, Any]:
+    """Time random policies of a job's network on its target's runtime and write the table; see `bitwright.latency`."""
+    if job.target is None:
+        raise TargetError("profile --measure: give --target, such as openvino-x86, or --measure METHOD with --sensitivity")
+    wanted = {"policies": policies, "judged": judged, "log": lambda text: job.log("latency", {"status": text})}
+    table = measure_table(job.untrained, job.trace, job.data.example(2), job.target, job.choices, **wanted)
+    file = Path(save) if save is not None else job.run.path / LATENCY
+    table.save(file)
+    record = {**table.to_dict(), "file": str(file)}
+    judged_text = f"; {describe_errors(table.errors())}" if judged else ""
+    sys.stdout.write(f"{file}: {len(table.terms)} sites on {table.target}, fitted on {len(table.fitted)} networks{judged_text}\n")
+    return record
+
+
+def describe_errors(errors: list[float]) -> str:
+    """Return how well networks are predicted, for people.
+
+    >>> describe_errors([0.01, 0.02, 0.2])
+    'predictions of 3 others are off by 2 % in the median, 20 % at worst'
+    """
+    middle = sorted(errors)[len(errors) // 2]
+    return f"predictions of {len(errors)} others are off by {100 * middle:.2g} % in the median, {100 * max(errors):.2g} % at worst"
+
+
+def measured_latency(job: Job) -> dict[str, Any]:
+    """Return what a run's policy is predicted to take beside what it takes; nothing where there is no table or no runtime."""
+    if job.target is None or job.target.latency is None or not job.has_latency:
+        return {}
+    from bitwright.timing import Stopwatch  # noqa: PLC0415  (needs the extras of the runtimes)
+
+    stopwatch = Stopwatch(job.untrained, job.trace, job.data.example(2), job.target)
+    (timing,) = stopwatch.time([job.policy], SECONDS, TURNS)
+    facts = {"predicted_ns": job.latency.predict(job.policy), "measured_ns": timing.median, "p10": timing.low, "p90": timing.high}
+    return {"latency": {**facts, "n": timing.runs, "target": job.latency.target, "machine": dict(job.latency.machine)}}
 
 
 # ---- flags, and what they change

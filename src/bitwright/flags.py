@@ -25,10 +25,14 @@ def profile_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `profile` takes."""
     parser.add_argument("--shape", metavar="CxHxW", help="input of --model where no data set is given, such as 3x224x224")
     parser.add_argument("--sensitivity", action="store_true", help="also measure what each choice adds to the loss, one site at a time")
-    parser.add_argument("--measure", metavar="NAME", help="by which method: kl (default), fisher, hawq or limpq; see `bitwright methods`")
-    parser.add_argument("--save", metavar="FILE", help="write these sensitivities to a file; a search takes them by the option table")
+    about = "by which method: kl (default), fisher, hawq or limpq; without a name and with --target: time networks on its runtime"
+    parser.add_argument("--measure", metavar="NAME", nargs="?", const="latency", help=about)
+    parser.add_argument(
+        "--save", metavar="FILE", help="write what was measured to a file; a search takes it by the option table, or latency"
+    )
+    parser.add_argument("--judge", type=int, default=20, metavar="N", help="networks that predicted latencies are judged on (default: 20)")
     parser.add_argument("--check-additivity", action="store_true", help="also check on random policies whether they add up to the loss")
-    parser.add_argument("--policies", type=int, metavar="N", help=f"how many policies that check draws (default: {profile.POLICIES})")
+    parser.add_argument("--policies", type=int, metavar="N", help=f"how many policies are drawn (default: {profile.POLICIES}, or by size)")
 
 
 def compare_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright import runs
+from bitwright import latency, runs
 from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
-from bitwright.costs import BitOps, Budget, Size, WeightBits, parse_budget
+from bitwright.costs import BitOps, Budget, Cost, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data, mixed
-from bitwright.errors import PolicyError, RunError, nearest
+from bitwright.errors import BudgetError, PolicyError, RunError, nearest
 from bitwright.exporters.packed import packed_overhead
 from bitwright.memory import ActivationMemory
 from bitwright.models import build, load_weights
@@ -179,8 +179,26 @@ class Job:
         """Return budgets of this network; raises `BudgetError` for one that does not parse."""
         pins = {name: allowed[0] for name, allowed in self.choices.items() if len(allowed) == 1}
         extent = {"fixed_bytes": self.overhead, "float_bytes": 4 * self.trace.parameters}
-        costs = (self.memory, BitFusionCycles(self.trace.first), BitFusionEnergy(self.trace.first))
+        costs: tuple[Cost, ...] = (self.memory, BitFusionCycles(self.trace.first), BitFusionEnergy(self.trace.first))
+        if any(text.strip().startswith(latency.Table.name) for text in texts):
+            costs = (*costs, self.latency)
         return tuple(parse_budget(text, self.trace.sites, pins=pins, **extent, costs=costs) for text in texts)
+
+    @cached_property
+    def latency(self) -> latency.Table:
+        """The latency table: the recipe's, or the one in the run directory; raises `BudgetError` where there is none."""
+        file = self.run.path / latency.FILE if self.recipe.latency is None else Path(self.recipe.latency)
+        table = latency.Table.load(file)
+        if self.target is not None and table.target != latency.named(self.target):
+            raise BudgetError(
+                f"latency: {file} is of {table.target}, and the recipe's target is {latency.named(self.target)}; measure again"
+            )
+        return table
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether there is a latency table."""
+        return self.recipe.latency is not None or (self.run.path / latency.FILE).is_file()
 
     @property
     def memory(self) -> ActivationMemory:

@@ -225,8 +225,12 @@ def measure_table(
     timings = stopwatch.time(drawn, SECONDS, TURNS, log)
     fitted, held = timings[: len(timings) - judged], timings[len(timings) - judged :]
     base, terms = fit(trace.sites, classes, fitted)
-    name = f"{target.name} version {target.version}"
-    return Table(name, fingerprint(target.latency), base, terms, classes, tuple(fitted), tuple(held))
+    return Table(named(target), fingerprint(target.latency), base, terms, classes, tuple(fitted), tuple(held))
+
+
+def named(target: Target) -> str:
+    """Return a target's name and version."""
+    return f"{target.name} version {target.version}"
 
 
 def uniform_policies(classes: Mapping[str, Mapping[Bits, str]]) -> list[Policy]:

@@ -25,7 +25,7 @@ from bitwright.adaptive.stages import adaptive_stage, bank_stage, evaluate_adapt
 from bitwright.baselines import baselines_stage
 from bitwright.certificate import certify
 from bitwright.data import Split, parse_conditions
-from bitwright.deployment import file_name
+from bitwright.deployment import file_name, measured_latency
 from bitwright.driver import SearchMethod, search
 from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
@@ -247,7 +247,7 @@ def _evaluate(job: Job, conditions: Sequence[str], seeds: Sequence[int]) -> dict
 
 def export_stage(job: Job) -> dict[str, Any]:
     """Write the artefact and check that it reproduces the network and keeps a size budget."""
-    facts = export_file(job)
+    facts = {**export_file(job), **measured_latency(job)}
     write_json(job, "export/export.json", {name: value for name, value in facts.items() if name != "path"})
     return {"to": facts["to"], "bytes": facts["bytes"]}
 

@@ -17,8 +17,7 @@ from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
 from bitwright.quant import QuantOptions
 from bitwright.quant.corrections import Step
-from bitwright.robustness import Goal
-from bitwright.targets import get_target
+from bitwright.targets import check_format
 from bitwright.training import FinetuneOptions
 
 T = TypeVar("T")
@@ -248,6 +247,7 @@ class Recipe(Section):
     compare: CompareSection | None = None
     evaluate: EvaluateSection | None = None
     target: str | None = None
+    latency: str | None = None
     export: ExportSection | None = None
     report: bool = True
 
@@ -263,7 +263,11 @@ class Recipe(Section):
             del data["data"]["quality"]
         if self.search.stop_at is None:
             del data["search"]["stop_at"]
-        return {key: value for key, value in data.items() if value is not None or key not in ("compare", "evaluate", "target", "adaptive")}
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None or key not in ("compare", "evaluate", "target", "latency", "adaptive")
+        }
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
@@ -406,7 +410,8 @@ def _check_options(recipe: Recipe) -> None:
     make_options(get_method(recipe.search.method), recipe.search.options, "search.options")
     if recipe.search.stop_at is not None:
         _check_stop_at(recipe.search.method, recipe.search.stop_at)
-    _check_deployment(recipe, make_options(QuantizeOptions, recipe.quantize, "quantize"))
+    options = make_options(QuantizeOptions, recipe.quantize, "quantize")
+    check_format(recipe.target, None if recipe.export is None else recipe.export.to, options.points, integer=options.integer)
     if recipe.evaluate is not None and recipe.evaluate.conditions:
         parse_conditions(recipe.evaluate.conditions)
     adapt = None if recipe.search.proxy is None else recipe.search.proxy.adapt
@@ -425,24 +430,6 @@ def _check_options(recipe: Recipe) -> None:
         make_options(FinetuneOptions, recipe.baselines.finetune or {}, "baselines.finetune")
     if recipe.compare is not None:
         _check_compare(recipe, recipe.compare)
-
-
-def _check_deployment(recipe: Recipe, options: QuantizeOptions) -> None:
-    """Check the target, and that a packed file can say what it and the quantizer ask for."""
-    points = options.points
-    if recipe.target is not None:
-        points = get_target(recipe.target).points if points is None else points
-    if recipe.export is not None and recipe.export.to == "packed" and (points or options.integer):
-        what = f"the points of target {recipe.target} ({', '.join(points)})" if points else "scales 'power_of_two'"
-        raise RecipeError(f"recipe: export.to is packed, and a packed file cannot say {what}; give export.to=onnx, or quantize.points=[]")
-
-
-def _check_stop_at(method: str, text: str) -> None:
-    """Check the accuracy at which a search stops, and that its method finds policies that can be judged by themselves."""
-    Goal.parse(text)
-    if get_method(method).ranking == "last":
-        why = f"'{method}' trains the weights while it searches, so no policy before its last can be judged by itself"
-        raise RecipeError(f"recipe: search.stop_at: {why}; give search.steps or search.seconds, or stop_at to finetune")
 
 
 def _check_compare(recipe: Recipe, section: CompareSection) -> None:

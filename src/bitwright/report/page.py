@@ -58,7 +58,12 @@ def _tiles(facts: Facts) -> list[str]:
         tiles.append(tile(bits_text(record["average_activation_bits"]), "bits an activation", "<span>weighted by count</span>"))
         tiles.append(tile(amount(record["bitops"]), "BitOps an image", "<span>MACs × w × a</span>"))
     if facts.artefact:
-        tiles.append(tile(size_text(facts.artefact["bytes"]), "packed file", "<span>checked bit for bit</span>"))
+        equal = "bit for bit" if not facts.artefact.get("largest_difference") else "layer by layer"
+        tiles.append(tile(size_text(facts.artefact["bytes"]), f"{escape(facts.artefact['to'])} file", f"<span>checked {equal}</span>"))
+    if facts.artefact.get("latency"):
+        taken = facts.artefact["latency"]
+        predicted = f"<span>predicted {taken['predicted_ns'] / 1e6:.3g} ms; {escape(taken['target'])}, n = {taken['n']}</span>"
+        tiles.append(tile(f"{taken['measured_ns'] / 1e6:.3g} ms", "measured latency of a sample", predicted))
     return tiles
 
 
@@ -208,7 +213,7 @@ def _provenance(facts: Facts) -> str:
     rows += [(name, str(version)) for name, version in manifest["versions"].items()]
     rows += [(f"stage {name}", _stage_text(stage)) for name, stage in manifest["stages"].items()]
     if facts.artefact:
-        rows.append(("packed file", json.dumps(facts.artefact.get("parts", {}))))
+        rows.append((f"{facts.artefact['to']} file", json.dumps(facts.artefact.get("parts", {}))))
     recipe = f"<details><summary>recipe.yaml</summary><pre>{escape(facts.recipe)}</pre></details>"
     return f"<section><h2>Provenance</h2>{pairs(rows)}{recipe}</section>"
 

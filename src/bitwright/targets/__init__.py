@@ -226,6 +226,20 @@ def get_target(name: str | Path) -> Target:
         raise TargetError(f"target '{text}': cannot be read as text ({error}); give a YAML file") from None
 
 
+def check_format(target: str | None, to: str | None, points: Sequence[str] | None, *, integer: bool) -> None:
+    """Check that a target is there, and that a packed file, if one is asked for, can say what it and the quantizer ask for.
+
+    Raises:
+        TargetError: the target is unknown, or the format cannot say its points or integer arithmetic.
+    """
+    asked = points if points is not None or target is None else get_target(target).points
+    if target is not None:
+        get_target(target)
+    if to == "packed" and (asked or integer):
+        what = f"8-bit points ({', '.join(asked)})" if asked else "scales 'power_of_two'"
+        raise TargetError(f"recipe: export.to is packed, and a packed file cannot say {what}; give export.to=onnx, or quantize.points=[]")
+
+
 def _parse(text: str, where: str) -> Target:
     from bitwright.recipe import parse_yaml  # noqa: PLC0415  (a recipe names its target)
 
