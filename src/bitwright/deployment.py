@@ -92,8 +92,12 @@ def measure_latency(job: Job, save: str | None, policies: int | None, judged: in
     """Time random policies of a job's network on its target's runtime and write the table; see `bitwright.latency`."""
     if job.target is None:
         raise TargetError("profile --measure: give --target, such as openvino-x86, or --measure METHOD with --sensitivity")
-    wanted = {"policies": policies, "judged": judged, "log": lambda text: job.log("latency", {"status": text})}
-    table = measure_table(job.untrained, job.trace, job.data.example(2), job.target, job.choices, **wanted)
+
+    def log(text: str) -> None:
+        job.log("latency", {"status": text})
+
+    example = job.data.example(2)
+    table = measure_table(job.untrained, job.trace, example, job.target, job.choices, policies=policies, judged=judged, log=log)
     file = Path(save) if save is not None else job.run.path / LATENCY
     table.save(file)
     record = {**table.to_dict(), "file": str(file)}

@@ -17,6 +17,7 @@ from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
 from bitwright.quant import QuantOptions
 from bitwright.quant.corrections import Step
+from bitwright.robustness import Goal
 from bitwright.targets import check_format
 from bitwright.training import FinetuneOptions
 
@@ -430,6 +431,14 @@ def _check_options(recipe: Recipe) -> None:
         make_options(FinetuneOptions, recipe.baselines.finetune or {}, "baselines.finetune")
     if recipe.compare is not None:
         _check_compare(recipe, recipe.compare)
+
+
+def _check_stop_at(method: str, text: str) -> None:
+    """Check the accuracy at which a search stops, and that its method finds policies that can be judged by themselves."""
+    Goal.parse(text)
+    if get_method(method).ranking == "last":
+        why = f"'{method}' trains the weights while it searches, so no policy before its last can be judged by itself"
+        raise RecipeError(f"recipe: search.stop_at: {why}; give search.steps or search.seconds, or stop_at to finetune")
 
 
 def _check_compare(recipe: Recipe, section: CompareSection) -> None:
