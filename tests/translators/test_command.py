@@ -5,24 +5,18 @@ import json
 import pytest
 
 from bitwright import cli
+from bitwright.job import Job
 from bitwright.policy import Policy
+from bitwright.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """A run directory with a policy in it: a translation needs no network."""
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     out = tmp_path_factory.mktemp("policy") / "run"
-    settings = [
-        "float.epochs=1",
-        "search.method=uniform",
-        "search.options={}",
-        "baselines=null",
-        "search.weights=[4,8]",
-        "search.activations=[8]",
-        "search.budgets=weight_bits<=5",
-    ]
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    assert cli.main(["search", "digits-sdq", *flags, "--out", str(out), "--device", "cpu"]) == 0
+    job = Job.open(load_recipe("digits-sdq"), out)
+    (out / "policy.json").write_text(Policy((name, (4, 8)) for name in job.trace.names).to_json())
     return out
 
 
