@@ -110,6 +110,20 @@ def output_gaps(wanted: Sequence[Tensor], found: Sequence[NDArray[np.float32]]) 
     return share, largest, agreement
 
 
+def allowed_outputs(program: Program, asked: float | None) -> float:
+    """Return how far the outputs of a chain may differ, as a share of the largest; 0 where integers give them bit for bit.
+
+    Unless asked otherwise that is two steps of the coarsest activation grid, and no less than 5 %: a value that lies on the border of
+    two codes may fall to either side, and a step of a grid of few bits is a large part of it.
+    """
+    if is_exact(program):
+        return 0.0
+    if asked is not None:
+        return asked
+    narrowest = min((bits.a for _, bits in program.layers.values()), default=8)
+    return max(0.05, 2 / (2**narrowest - 1))
+
+
 def judge(parity: Parity, steps: int, outputs: float, runtime: str) -> None:
     """Raise `ExportError` unless a comparison is within its bounds: equal where that can be, else so many steps and such a share."""
     limit = 0 if parity.exact else steps
@@ -118,10 +132,9 @@ def judge(parity: Parity, steps: int, outputs: float, runtime: str) -> None:
         asked = "equal codes (all scales are powers of two)" if parity.exact else f"codes within {steps} step{'s' * (steps != 1)}"
         found = f"{bad.differing} of {bad.values} values of '{bad.name}' ({bad.bits} bits) differ, by up to {bad.steps} steps"
         raise ExportError(f"export: {runtime} does not reproduce the network: asked for {asked}, and {found}; nothing was written")
-    share = 0.0 if parity.exact else outputs
-    if parity.outputs > share:
+    if parity.outputs > outputs:
         found = f"{100 * parity.outputs:.3g} % of the largest (answers agree on {100 * parity.agreement:.4g} % of the example)"
-        allowed = "none is allowed with scales that are powers of two" if parity.exact else f"{100 * share:.3g} % is allowed"
+        allowed = "none is allowed with scales that are powers of two" if parity.exact else f"{100 * outputs:.3g} % is allowed"
         raise ExportError(
             f"export: {runtime} does not reproduce the network: its outputs differ by {found}, and {allowed}; nothing was written"
         )

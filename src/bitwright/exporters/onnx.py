@@ -27,7 +27,7 @@ from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._emission import ActivationForm, Emission, Emitted, Form, Grid, PointRecord, WeightRecord, float_layers
 from bitwright.exporters._graph import Program, capture, run
 from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
-from bitwright.exporters._parity import Parity, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 
@@ -73,14 +73,14 @@ class Onnx(Exporter):
             layers whose activations stay in float, which have no integer kernel to lose.
         steps: how many steps a code may differ by when the file is given the network's own codes before it; where all scales are
             powers of two and every call sums integers, it may not differ at all.
-        outputs: how far outputs may differ, as a share of the largest; likewise.
+        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid where not given.
         fallback: ``report`` lists layers that the runtime runs in float though both widths are 8 or fewer; ``raise`` refuses them.
     """
 
     suffixes = (".onnx",)
     types: Literal["int8", "native"] = "int8"
     steps: int = 1
-    outputs: float = 0.05
+    outputs: float | None = None
     fallback: Literal["report", "raise"] = "report"
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Onnx(Exporter):
         """Write the file; raises `ExportError` for a call that has no ONNX form here."""
         onnx = required("onnx")
         written = self._written(source)
-        stamp(onnx, written.model, source, written.program, written.emitted, 0.0 if is_exact(written.program) else self.outputs)
+        stamp(onnx, written.model, source, written.program, written.emitted, allowed_outputs(written.program, self.outputs))
         data = written.model.SerializeToString(deterministic=True)
         path.write_bytes(data)
         sizes = {tensor.name: len(tensor.raw_data) for tensor in written.model.graph.initializer}
@@ -105,7 +105,7 @@ class Onnx(Exporter):
         model = read_model(onnx, path)
         written = self._written(source)
         parity = compare(source, written, model)
-        judge(parity, self.steps, self.outputs, "ONNX Runtime")
+        judge(parity, self.steps, allowed_outputs(written.program, self.outputs), "ONNX Runtime")
         verified = verify_file(onnx, path, run_session)
         executed = executed_precision(model, list(written.emitted.layers))
         fell = sorted(set(executed_float(executed)) - set(float_layers(written.emitted.layers)))

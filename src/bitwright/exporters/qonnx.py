@@ -27,7 +27,7 @@ from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord
 from bitwright.exporters._graph import capture, run
 from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
-from bitwright.exporters._parity import Parity, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 from bitwright.exporters.onnx import QONNX_DOMAIN, Written, inputs_of, required, written
@@ -146,19 +146,19 @@ class Qonnx(Exporter):
         batch: images that the file's input has; FPGA flows want 1.
         steps: how many steps a code may differ by when the file is given the network's own tensors before it; where all scales are powers
             of two and every call sums integers, it may not differ at all.
-        outputs: how far outputs may differ, as a share of the largest; likewise.
+        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid where not given.
     """
 
     suffixes = (".qonnx",)
     batch: int = 1
     steps: int = 1
-    outputs: float = 0.05
+    outputs: float | None = None
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
         """Write the file; raises `ExportError` for a call or a grid that has no QONNX form here."""
         onnx = required("onnx")
         made = self._written(source)
-        stamp(onnx, made.model, source, made.program, made.emitted, 0.0 if is_exact(made.program) else self.outputs)
+        stamp(onnx, made.model, source, made.program, made.emitted, allowed_outputs(made.program, self.outputs))
         data = made.model.SerializeToString(deterministic=True)
         path.write_bytes(data)
         sizes = {tensor.name: len(tensor.raw_data) for tensor in made.model.graph.initializer}
@@ -169,7 +169,7 @@ class Qonnx(Exporter):
         """Run the file in ``qonnx`` and compare; raises `ExportError` unless it reproduces the network within the bounds."""
         model, made = read_model(required("onnx"), path), self._written(source)
         parity = compare(source, made, model)
-        judge(parity, self.steps, self.outputs, "qonnx")
+        judge(parity, self.steps, allowed_outputs(made.program, self.outputs), "qonnx")
         verified = self.verify(path)
         return Check(verified.levels, parity.difference, parity.to_dict())
 
