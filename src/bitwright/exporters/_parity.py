@@ -121,7 +121,7 @@ def allowed_outputs(program: Program, asked: float | None) -> float:
     if asked is not None:
         return asked
     narrowest = min((bits.a for _, bits in program.layers.values()), default=8)
-    return max(0.05, 2 / (2**narrowest - 1))
+    return max(0.05, 2.0 / ((1 << narrowest) - 1))
 
 
 def judge(parity: Parity, steps: int, outputs: float, runtime: str) -> None:
