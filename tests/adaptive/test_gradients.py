@@ -51,7 +51,7 @@ def estimate(net: AdaptiveNet, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
 def neighbours(draw: Draw) -> Iterator[Draw]:
     """Yield the draw with many other draws of the neighbour."""
     generator = torch.Generator().manual_seed(5)
-    for _ in range(120):
+    for _ in range(80):
         yield replace(draw, uniform=torch.rand(S, N, generator=generator).clamp(1e-6, 1 - 1e-6))
 
 
@@ -113,15 +113,15 @@ def test_one_neighbour_stands_for_all_widths_without_bias(setting, temperature, 
     record_property("relative bias", bias)
     assert cosine(mean, reference) > 0.99
     assert single > 0.5
-    assert bias < 0.15
-    # what is left of a bias is what 120 draws cannot tell from none
+    assert bias < 0.2
+    # what is left of a bias is what 80 draws cannot tell from none
     assert float(((mean - reference).abs() <= 4 * error + 1e-6).float().mean()) > 0.99
 
 
 def test_the_pathwise_gradient_points_down_the_expected_loss(setting, record_property) -> None:
     net, x, y = setting
     truth = exact(net, x, y)
-    draws = [Draw.of((S, N, K), torch.Generator().manual_seed(k), 1.0, 1.0) for k in range(150)]
+    draws = [Draw.of((S, N, K), torch.Generator().manual_seed(k), 1.0, 1.0) for k in range(100)]
     mean = torch.stack([estimate(net, x, y, draw) for draw in draws]).mean(0)
     record_property("cosine with the exact gradient", cosine(mean, truth))
     record_property("norm over the exact gradient's", float(mean.norm() / truth.norm()))
@@ -133,7 +133,7 @@ def test_reinforce_is_unbiased_but_rough(setting, record_property) -> None:
     truth = exact(net, x, y)
     net.mode = "drawn"
     found = []
-    for k in range(200):
+    for k in range(120):
         draw = Draw.of((S, N, K), torch.Generator().manual_seed(k), 1.0, 1.0)
         value = losses(net, x, y, draw=draw).detach()
         found.append(torch.autograd.grad(((value - value.mean()) * net.log_probability()).sum(), net.actor.scores_of)[0])

@@ -67,6 +67,7 @@ class Pass:
         decisions: by site, of this pass.
         owed: outputs of neighbours that a normalisation has yet to take, by layer.
         interpolate: outputs of the two widths are mixed, and both are trained.
+        trust: a gate's gradient counts for no more than this: the linear estimate of a large step means little.
         ledger: counts executions, where it is set.
     """
 
@@ -75,6 +76,7 @@ class Pass:
         self.decisions: list[Decision | None] = [None] * sites
         self.owed: dict[str, Tensor] = {}
         self.interpolate = False
+        self.trust = math.inf
         self.ledger: Ledger | None = None
 
     def reset(self) -> None:
@@ -161,7 +163,7 @@ class AdaptiveLayer(nn.Module):
         if self.normalised:
             self.shared.owed[self.name] = other
             return y
-        return mix(y, other, decision.gate, attached=self.shared.interpolate)
+        return mix(y, other, decision.gate, attached=self.shared.interpolate, trust=self.shared.trust)
 
     def _weights(self) -> Tensor:
         """Return the weights at every distinct width, ``[D, …]``."""
@@ -271,7 +273,7 @@ class SwitchableNorm(nn.Module):
         if other is None or decision.other is None:
             return out
         changed = affine(other, slope, offset, decision.other)
-        return mix(out, changed, decision.gate, attached=self.shared.interpolate)
+        return mix(out, changed, decision.gate, attached=self.shared.interpolate, trust=self.shared.trust)
 
     def _batch(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of every choice ``[K, C]`` and move the running ones."""
@@ -308,30 +310,30 @@ class _Toward(torch.autograd.Function):
     """A value, whose gate (of value zero) gets the gradient of moving it toward another: one pass forward and one back."""
 
     @staticmethod
-    def forward(y: Tensor, other: Tensor, gate: Tensor) -> Tensor:
+    def forward(y: Tensor, other: Tensor, gate: Tensor, trust: float) -> Tensor:
         """Return ``y`` itself."""
         return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the two values."""
-        y, other, gate = inputs
+        y, other, gate, trust = inputs
         ctx.save_for_backward(y, other)
-        ctx.kind = gate.dtype
+        ctx.kind, ctx.trust = gate.dtype, trust
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         """Return the gradient of the value, and of each sample's gate."""
         y, other = ctx.saved_tensors
-        return grad, None, (grad * (other - y)).flatten(1).sum(1).to(ctx.kind)
+        return grad, None, (grad * (other - y)).flatten(1).sum(1).clamp(-ctx.trust, ctx.trust).to(ctx.kind), None
 
 
-def mix(y: Tensor, other: Tensor, gate: Tensor | None, *, attached: bool) -> Tensor:
+def mix(y: Tensor, other: Tensor, gate: Tensor | None, *, attached: bool, trust: float) -> Tensor:
     """Return ``y`` with the neighbour's share; detached, the difference of the two is what the gate's gradient is taken against."""
     assert gate is not None
     if attached:
         return y + spread(gate, y).to(y.dtype) * (other - y)
-    result: Tensor = _Toward.apply(y, other.detach(), gate)  # type: ignore[no-untyped-call]
+    result: Tensor = _Toward.apply(y, other.detach(), gate, trust)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -121,10 +121,19 @@ class AdaptiveNet(nn.Module):
     def interpolate(self, value: bool) -> None:
         self._shared.interpolate = value
 
+    def trust(self, largest: float) -> None:
+        """Let the gradient of a gate count for no more than this in the coming passes."""
+        self._shared.trust = largest
+
     @property
     def base(self) -> float:
         """The share of the budget that every input takes: pinned sites and the actor."""
         return (self.space.fixed + self.actor.macs * WIDTH.w * WIDTH.a) / self.space.limit
+
+    @cached_property
+    def span(self) -> float:
+        """By how much of the budget the decisions can move the cost: from all narrowest to all widest."""
+        return float((self.space.terms[:, -1] - self.space.terms[:, 0]).sum() / self.space.limit)
 
     def forward(self, x: Tensor, *, draw: Draw | None = None, forced: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Return the logits.
@@ -164,8 +173,8 @@ class AdaptiveNet(nn.Module):
         return chosen.decision
 
     def _worth(self, site: int) -> Tensor:
-        """Return what a unit of price takes from each output: the choice's cost, in shares of the mean site's budget."""
-        share = self.shares[site] * len(self.space.names)
+        """Return what a unit of price takes from each output: the choice's cost, in shares of what a mean site can move."""
+        share = self.shares[site] * (len(self.space.names) / self.span)
         if self.relaxation == "concrete":
             return share
         return torch.stack([share[-1] - share[0], torch.zeros_like(share[0])])

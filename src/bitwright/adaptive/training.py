@@ -1,6 +1,6 @@
 r"""Joint training of an adaptive network and its actor: the hybrid objective, its controls, and the promise that the budget is kept.
 
-.. math:: \min_{\theta,\phi} \mathrm E_{x,a\sim\pi_\phi}\,[\,\mathrm{CE}(f_\theta(x;a), y) + \lambda\,(C(a)/B - 1)\,]
+.. math:: \min_{\theta,\phi} \mathrm E_{x,a\sim\pi_\phi}\,[\,\mathrm{CE}(f_\theta(x;a), y) + \lambda\,(C(a) - B)/(C_{max} - C_{min})\,]
 
 The quantized network is the known model of what a decision leads to, so the gradient in :math:`\phi` is taken through it (pathwise);
 the weights :math:`\theta` learn from the same loss. Published (Wang et al., 2023): a hybrid of model-based policy optimisation and
@@ -69,8 +69,10 @@ class AdaptiveOptions:
         hot: temperature of the relaxation at the start.
         cold: temperature at the end; it falls exponentially in between.
         interpolate: share of training in which the ``gaussian`` relaxation mixes the outputs of two widths.
+        trust: in nats: the loss that a site is estimated to save for a sample counts for no more; the estimate is linear, so a large one
+            is wrong.
         baseline: decay of the running mean that ``reinforce`` compares losses with.
-        patience: how fast λ reacts: 1 lets a tenth over budget, kept for all of training, raise λ by 1.
+        patience: how fast λ reacts: at 1, an excess of a tenth of what decisions can move, kept for all of training, raises λ by 1.
         calibration: training images that step sizes, statistics and the actor's price are taken from.
     """
 
@@ -87,6 +89,7 @@ class AdaptiveOptions:
     hot: float = 5.0
     cold: float = 0.5
     interpolate: float = 0.5
+    trust: float = 1.0
     baseline: float = 0.95
     patience: float = 1.0
     calibration: int = 512
@@ -98,8 +101,8 @@ class AdaptiveOptions:
         shares = (self.warmup, self.final, self.interpolate, self.baseline)
         if not all(0 <= share < 1 for share in shares) or self.warmup + self.final >= 1:
             raise TrainingError("adaptive options warmup, final, interpolate and baseline must be in [0, 1), and warmup + final below 1")
-        if min(self.hot, self.cold, self.patience, self.actor_lr) <= 0 or self.calibration < 2:
-            raise TrainingError("adaptive options hot, cold, patience and actor_lr must be above 0, and calibration at least 2")
+        if min(self.hot, self.cold, self.patience, self.actor_lr, self.trust) <= 0 or self.calibration < 2:
+            raise TrainingError("adaptive options hot, cold, patience, trust and actor_lr must be above 0, and calibration at least 2")
 
     def actor_options(self) -> ActorOptions:
         """Return what the actor is built from."""
@@ -241,13 +244,15 @@ class _Trainer:
         x, y, condition = self._batch()
         net.mode = "drawn" if options.estimator == "reinforce" or options.actor == "random" else "pathwise"
         net.interpolate = net.mode == "pathwise" and options.relaxation == "gaussian" and share < options.interpolate
+        net.trust(options.trust / len(x))  # the loss is a mean over samples
         draw = self._draw(len(x), share, heed=not warm)
         self._rates()
         losses, cost, logp = self._loss_of()(x, y, draw, condition)
         task, spent = losses.mean(), cost.mean()
-        objective = task if warm else task + progress.strength * (spent - 1)
+        over = (cost - 1) / net.span  # in units of what decisions can change, whatever the pinned sites and the actor take
+        objective = task if warm else task + progress.strength * over.mean()
         if not warm and net.mode == "drawn" and self.actor_optimizer is not None:
-            objective = task + self._score_function(losses.detach() + progress.strength * cost.detach(), logp)
+            objective = task + self._score_function(losses.detach() + progress.strength * over.detach(), logp)
         self._take(objective, x, draw, condition, warm=warm)
         self._control(float(spent.detach()), warm=warm, fixed=share >= 1 - options.final)
         for name, value in (("loss", float(task.detach())), ("spent", float(spent.detach()))):
@@ -324,9 +329,9 @@ class _Trainer:
             return
         if fixed:
             if progress.step % max(1, self.steps // 200) == 0:
-                self.net.actor.price += 0.2 * (progress.mean_cost - 1)
+                self.net.actor.price += 0.2 * (progress.mean_cost - 1) / self.net.span
             return
-        excess = progress.mean_cost - 1
+        excess = (progress.mean_cost - 1) / self.net.span
         progress.integral = max(0.0, progress.integral + 10 * self.options.patience * excess / self.steps)
         progress.strength = max(0.0, progress.integral + PULL * excess)
 
