@@ -5,7 +5,8 @@
 The steps are those that the recipes run: forward, backward and optimizer, compiled, channels-last, batch 128 of random images.
 ``static W3A3`` is plain quantization-aware training; ``pathwise`` computes the drawn width and one neighbour for every sample and
 site; ``drawn`` the drawn width alone (REINFORCE and random bits). A round times every variant once, and a ratio is taken within a
-round. No variant may recompile while widths and temperatures change: that is an error here. Writes results/adaptive-step-*.csv.
+round. No variant may recompile while widths and temperatures change: that is an error here. On one thread of a CPU the time is that of
+the process, so that a busy machine does not disturb it. Writes results/adaptive-step-*.csv.
 """
 
 from __future__ import annotations
@@ -95,17 +96,20 @@ def main() -> None:
         for _ in range(3):
             step()
     torch._dynamo.config.error_on_recompile = True
+    alone = arguments.threads == 1 and arguments.device == "cpu"
+    clock = time.process_time if alone else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(arguments.rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = clock()
             step()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
     base, rows = next(iter(steps)), []
     for name, values in times.items():
         ratios = [value / other for value, other in zip(values, times[base], strict=True)]
         middle, low, high = median_interval(ratios)
         setting = {"precision": arguments.precision, "compiled": not arguments.eager, "threads": arguments.threads}
+        setting["clock"] = "process" if alone else "wall"
         rows.append(
             {"variant": name, **setting, "device": arguments.device, "n": len(ratios), "ratio": middle, "low": low, "high": high}
             | {"milliseconds": 1e3 * statistics.median(values)}
