@@ -1,0 +1,80 @@
+"""OpenVINO networks run each layer in what the policy says, and are refused where they do not or compute something else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from deployed import deployed
+
+from bitwright.errors import ExportError
+from bitwright.exporters import export, verify
+
+pytest.importorskip("openvino", reason="the extra [openvino] is not installed")
+pytest.importorskip("onnx", reason="the extra [openvino] is not installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "kinds"),
+    [
+        ("option-a", [(8, 8), (16, 16)], {"int8", "bf16"}),
+        ("inverted", [(4, 8), (8, 8)], {"int8"}),
+        ("tiny", [(8, 8), (32, 32)], {"int8", "float32"}),
+        ("digits", [(16, 16)], {"bf16"}),
+    ],
+)
+def test_every_layer_runs_in_what_the_policy_says(tmp_path, name, bits, kinds):
+    model, x, policy = deployed(name, bits)
+    artefact = export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+    facts = json.loads((tmp_path / "m.xml.parity.json").read_text())
+    assert set(facts["executed"].values()) == kinds
+    assert facts["outputs"] <= 0.05
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.xml", "m.xml.parity.json"]
+    verified = verify(tmp_path / "m.xml")
+    assert (verified.policy, verified.levels) == (policy, artefact.levels)
+    assert verified.answer <= 0.05
+
+
+def test_weights_of_4_bits_stay_so_beside_bfloat16_activations(tmp_path):
+    model, x, policy = deployed("tiny", [(16, 16), (4, 16), (8, 16)])
+    artefact = export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+    assert artefact.parity["executed"] == {"0": "bf16", "4": "bf16 by int4", "5": "bf16 by int8"}
+    assert {row.name: row.stored for row in verify(tmp_path / "m.xml").tensors}["4"] == "i4"
+
+
+def test_few_bit_activations_that_come_out_wrong_are_refused_with_their_likely_cause(tmp_path):
+    model, x, policy = deployed("option-a", [(4, 4)])
+    with pytest.raises(ExportError, match=r"OpenVINO computes other outputs .*activations of fewer than 8 bits, as at 'stem'"):
+        export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy, outputs=1e-4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_run_otherwise_and_two_float_types_are_refused(tmp_path):
+    model, x, policy = deployed("block", [(8, 8)])
+    with pytest.raises(ExportError, match="does not run 2 layers as the policy says: 'attention#qk' is W8A8 and runs in"):
+        export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+    model, x, policy = deployed("tiny", [(16, 16), (32, 32)])
+    with pytest.raises(ExportError, match="has 16 bits and '4' 32, and an OpenVINO network has one type"):
+        export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    model, x, policy = deployed("tiny", [(8, 8)])
+    path = tmp_path_factory.mktemp("good") / "m.xml"
+    export(model, "openvino", path, example=x, policy=policy)
+    return path
+
+
+@pytest.mark.parametrize(("ending", "change"), [(".xml", "cut"), (".bin", "cut"), (".xml", "flip"), (".bin", "flip"), (".bin", "gone")])
+def test_damaged_files_are_refused_with_the_reason(good, tmp_path, ending, change):
+    for suffix in (".xml", ".bin"):
+        (tmp_path / f"m{suffix}").write_bytes(good.with_suffix(suffix).read_bytes())
+    file = tmp_path / f"m{ending}"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(file.read_bytes()[:-40] if change == "cut" else data)
+    if change == "gone":
+        file.unlink()
+    with pytest.raises(ExportError, match="no such file" if change == "gone" else "tampered with or damaged|cut off"):
+        verify(tmp_path / "m.xml", to="openvino")

@@ -1,0 +1,101 @@
+"""The verbs of deployment, from the command line: targets, --target, export --check, verify."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from bitwright import cli
+from bitwright.errors import TargetError
+from bitwright.job import Job
+from bitwright.recipe import load_recipe
+
+pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
+
+
+def said(capsys, *argv, code=0):
+    assert cli.main(list(argv)) == code
+    out = capsys.readouterr()
+    return json.loads(out.out.strip().splitlines()[-1]) if code == 0 and "--json" in argv else out.err or out.out
+
+
+def test_targets_are_listed_and_one_can_be_asked_for(capsys):
+    found = said(capsys, "targets", "--json")["targets"]
+    assert {"onnxruntime-x86", "openvino-x86", "bitfusion"} <= set(found)
+    assert "W8 A8 runs as int8, faster" in said(capsys, "targets", "onnxruntime-x86")
+    assert "did you mean 'openvino-x86'" in said(capsys, "targets", "openvino-x68", code=2)
+
+
+@pytest.fixture(scope="module")
+def deployed_run(tmp_path_factory):
+    recipe = {
+        "name": "t",
+        "threads": 1,
+        "data": {"name": "digits", "held_out": 100},
+        "model": {"name": "digits_cnn"},
+        "float": {"epochs": 1, "batch_size": 64, "max_steps": 20},
+        "search": {"method": "uniform", "budgets": ["weight_bits<=8"], "weights": [4, 8, 16], "activations": [8, 16]},
+        "quantize": {"calibration": 32, "scales": "power_of_two"},
+        "finetune": {"epochs": 1, "batch_size": 64, "max_steps": 5},
+    }
+    folder = tmp_path_factory.mktemp("deployed")
+    (folder / "t.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["run", str(folder / "t.yaml"), "--target", "onnxruntime-x86", "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_a_target_restricts_the_choices_before_the_search_and_gives_its_points_and_format(deployed_run):
+    job = Job.load(deployed_run)
+    assert {bits for known in job.choices.values() for bits in known} == {(4, 8), (8, 8)}
+    assert job.quantize_options.points == ("add", "concat", "pool", "shared")
+    assert (deployed_run / "export" / "model.onnx").is_file()
+    record = json.loads((deployed_run / "export" / "export.json").read_text())
+    assert (record["to"], record["largest_difference"], record["file"]) == ("onnx", 0.0, "model.onnx")
+    page = (deployed_run / "report.html").read_text()
+    assert "onnx file" in page
+    assert "checked bit for bit" in page
+
+
+def test_a_policy_is_checked_and_every_violation_named(deployed_run, capsys):
+    assert said(capsys, "export", str(deployed_run), "--check", "--json")["violations"] == []
+    policy = json.loads((deployed_run / "policy.json").read_text())
+    policy["sites"]["conv2"] = {"w": 16, "a": 4}
+    other = deployed_run / "other.json"
+    other.write_text(json.dumps(policy))
+    said_of = said(capsys, "export", str(deployed_run), "--check", "--target", "bitfusion", "--policy", str(other), code=2)
+    assert "1 of 6 sites do not run there: 'conv2' (convolution) has W16A4, nearest W8A4" in said_of
+    policy["sites"]["conv9"] = {"w": 8, "a": 8}
+    other.write_text(json.dumps(policy))
+    assert "no site 'conv9'; did you mean" in said(capsys, "export", str(deployed_run), "--check", "--policy", str(other), code=2)
+    assert "they go with --check" in said(capsys, "export", str(deployed_run), "--target", "bitfusion", code=2)
+
+
+def test_verify_prints_a_table_and_refuses_a_damaged_file_with_exit_code_2(deployed_run, capsys, tmp_path):
+    file = deployed_run / "export" / "model.onnx"
+    found = said(capsys, "verify", str(file), "--json")
+    assert (found["to"], found["samples"], found["answer_difference"]) == ("onnx", 2, 0.0)
+    assert "keeps its policy of 6 sites; run on 2 samples" in said(capsys, "verify", str(file))
+    (tmp_path / "cut.onnx").write_bytes(file.read_bytes()[:-100])
+    assert said(capsys, "verify", str(tmp_path / "cut.onnx"), code=2).startswith("bitwright: ")
+
+
+def test_a_packed_file_that_cannot_say_what_a_target_asks_is_refused_before_anything_is_trained(tiny):
+    tiny["target"] = "onnxruntime-x86"
+    with pytest.raises(TargetError, match="a packed file cannot say 8-bit points"):
+        load_recipe(tiny)
+    assert load_recipe({**tiny, "quantize": {"points": []}}).target == "onnxruntime-x86"
+    with pytest.raises(TargetError, match="no target and no file of that name"):
+        load_recipe({**tiny, "target": "phone"})
+
+
+def test_latency_needs_a_target_and_a_place_for_its_table(capsys, recipe_file, tmp_path):
+    assert "also give --save FILE" in said(capsys, "profile", str(recipe_file), "--measure", code=2)
+    argv = ("profile", str(recipe_file), "--measure", "--save", str(tmp_path / "t.json"))
+    assert "profile --measure: give --target" in said(capsys, *argv, code=2)
+
+
+def test_a_latency_budget_without_a_table_says_how_to_get_one(capsys, recipe_file, tmp_path):
+    argv = ("search", str(recipe_file), "--out", str(tmp_path / "r"), "--set", "search.budgets=[latency<=1ms]")
+    assert "measure one: bitwright profile --target NAME --measure" in said(capsys, *argv, code=2)

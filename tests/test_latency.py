@@ -1,0 +1,119 @@
+"""Latency tables: fitted on whole networks, kept with what they hold for, and spent as a budget."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bitwright.costs import parse_budget
+from bitwright.errors import BudgetError, TargetError
+from bitwright.latency import Table, Timing, fit, measure_table, named, random_policy, uniform_policies
+from bitwright.policy import Bits, Policy
+from bitwright.problem import Problem, build_choices
+from bitwright.sites import trace
+from bitwright.targets import get_target
+
+NET = nn.Sequential(
+    nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+)
+TRACE = trace(NET, torch.zeros(1, 3, 8, 8))
+CLASSES = {site.name: {Bits(8, 8): "int8", Bits(4, 8): "int8", Bits(16, 16): "bf16"} for site in TRACE.sites}
+TRUE = {site.name: {"int8": 1000 + site.macs, "bf16": 2000 + 3 * site.macs} for site in TRACE.sites}
+
+
+def timing(policy, base=5000, noise=0.0, rng=None):
+    total = base + sum(TRUE[name][CLASSES[name][bits]] for name, bits in policy.items())
+    total *= 1 + (0 if rng is None else rng.normal(0, noise))
+    return Timing(policy, int(total), int(total), int(total), 10)
+
+
+def table(count=24, judged=20, noise=0.01):
+    rng = np.random.default_rng(0)
+    timings = [timing(policy, noise=noise, rng=rng) for policy in uniform_policies(CLASSES)]
+    timings += [timing(random_policy(CLASSES, rng), noise=noise, rng=rng) for _ in range(count + judged)]
+    base, terms = fit(TRACE.sites, CLASSES, timings[: len(timings) - judged])
+    held = tuple(timings[len(timings) - judged :])
+    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, tuple(timings[: len(timings) - judged]), held)
+
+
+def test_networks_that_nothing_was_fitted_on_are_predicted():
+    errors = table().errors()
+    assert len(errors) == 20
+    assert np.median(errors) < 0.03
+    assert max(errors) < 0.1
+
+
+def test_a_table_is_a_cost_of_integers_and_a_promise():
+    made = table(noise=0.0)
+    policy = Policy((site.name, Bits(8, 8)) for site in TRACE.sites)
+    assert made.total(TRACE.sites, policy) == made.predict(policy)
+    assert made(TRACE.sites[0], Bits(4, 8)) == made(TRACE.sites[0], Bits(8, 8)) < made(TRACE.sites[0], Bits(16, 16))
+    limit = (made.predict(policy) + made.predict(Policy((site.name, Bits(16, 16)) for site in TRACE.sites))) // 2
+    budget = parse_budget(f"latency<={limit / 1e3:.3f}us", TRACE.sites, pins={}, costs=(made,))
+    assert abs(budget.limit - limit) <= 1
+    choices = build_choices(TRACE, (8, 16), (8, 16), pin_first="free", pin_last="free")
+    choices = {name: tuple(bits for bits in known if bits.w == bits.a) for name, known in choices.items()}
+    problem = Problem(NET, TRACE, choices, budget, evaluate=lambda policy: float(sum(bits.w == 8 for bits in policy.values())))
+    problem.check()
+    assert problem.feasible(problem.cheapest())
+    assert not problem.feasible(Policy((site.name, Bits(16, 16)) for site in TRACE.sites))
+    percent = parse_budget("latency<=50%", TRACE.sites, pins={}, costs=(made,))
+    assert percent.limit == sum(max(made.terms[site.name].values()) for site in TRACE.sites) // 2
+
+
+def test_a_table_is_kept_with_units_runs_spread_and_machine(tmp_path):
+    made = table(noise=0.0)
+    made.save(tmp_path / "t.json")
+    assert Table.load(tmp_path / "t.json") == made
+    data = json.loads((tmp_path / "t.json").read_text())
+    assert (data["unit"], data["batch"], data["prediction"]["policies"]) == ("ns", 1, 20)
+    assert {"median", "p10", "p90", "n"} < set(data["fitted"][0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no table in .*measure one: bitwright profile --target NAME --measure"),
+        ("nonsense", "is no latency table"),
+        ('{"format": "x", "unit": "ns"}', "its format is 'x'"),
+        ('{"format": "bitwright-latency-1", "unit": "ns"}', "is no latency table"),
+    ],
+)
+def test_a_missing_or_damaged_table_says_what_to_do(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "t.json").write_text(content)
+    with pytest.raises(BudgetError, match=message):
+        Table.load(tmp_path / "t.json")
+
+
+def test_sites_and_widths_that_a_table_does_not_know_are_errors():
+    made = table(noise=0.0)
+    with pytest.raises(BudgetError, match="does not run '0' at W2A2; give --target"):
+        made(TRACE.sites[0], Bits(2, 2))
+    other = trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4)).sites[0]
+    made.terms.pop("0")
+    with pytest.raises(BudgetError, match="the table has no site '0'; measure this network"):
+        made(other, Bits(8, 8))
+
+
+def test_a_target_that_nothing_measures_is_an_error():
+    with pytest.raises(TargetError, match="target generic: nothing here measures its latency; take openvino-x86 or onnxruntime-x86"):
+        measure_table(NET, TRACE, torch.zeros(2, 3, 8, 8), get_target("generic"), build_choices(TRACE, (8,), (8,)))
+
+
+@pytest.mark.parametrize(("name", "package", "wide"), [("onnxruntime-x86", "onnxruntime", 32), ("openvino-x86", "openvino", 16)])
+def test_a_small_network_is_timed_on_the_runtime(name, package, wide):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    target = get_target(name)
+    choices = target.restrict(TRACE, build_choices(TRACE, (8, wide), (8, wide), pin_first="free", pin_last="free"))
+    made = measure_table(NET, TRACE, torch.rand(2, 3, 8, 8), target, choices, policies=1, judged=1)
+    assert made.target == named(target)
+    assert len(made.fitted) == 3
+    assert all(0 < timing.low <= timing.median <= timing.high and timing.runs >= 15 for timing in made.fitted + made.judged)
+    assert made.machine["threads"] == 1
+    assert package in made.machine["runtime"]
+    assert {kind for known in made.terms.values() for kind in known} == {"int8", "float32" if wide == 32 else "bf16"}
