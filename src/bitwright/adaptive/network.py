@@ -109,6 +109,8 @@ class AdaptiveNet(nn.Module):
         self._heard: list[Tensor] | None = None
         self._chosen: list[Chosen] = []
         self.register_buffer("shares", (space.terms / space.limit).float(), persistent=False)
+        # by how much of the budget the decisions can move the cost: from all narrowest to all widest
+        self.span = float((space.terms[:, -1] - space.terms[:, 0]).sum() / space.limit)
 
     shares: Tensor
 
@@ -129,11 +131,6 @@ class AdaptiveNet(nn.Module):
     def base(self) -> float:
         """The share of the budget that every input takes: pinned sites and the actor."""
         return (self.space.fixed + self.actor.macs * WIDTH.w * WIDTH.a) / self.space.limit
-
-    @cached_property
-    def span(self) -> float:
-        """By how much of the budget the decisions can move the cost: from all narrowest to all widest."""
-        return float((self.space.terms[:, -1] - self.space.terms[:, 0]).sum() / self.space.limit)
 
     def forward(self, x: Tensor, *, draw: Draw | None = None, forced: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Return the logits.
