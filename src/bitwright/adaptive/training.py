@@ -112,7 +112,7 @@ class AdaptiveOptions:
         """Return the temperature at a share of training.
 
         >>> [round(AdaptiveOptions().temperature(share), 2) for share in (0.0, 0.45, 0.9)]
-        [5.0, 1.37, 0.5]
+        [5.0, 1.58, 0.5]
         """
         joint = (share - self.warmup) / max(1e-9, 1 - self.final - self.warmup)
         return self.hot * math.exp(math.log(self.cold / self.hot) * min(1.0, max(0.0, joint)))
