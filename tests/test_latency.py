@@ -11,7 +11,7 @@ from torch import nn
 
 from bitwright.costs import parse_budget
 from bitwright.errors import BudgetError, TargetError
-from bitwright.latency import Table, Timing, fit, measure_table, named, random_policy, uniform_policies
+from bitwright.latency import Table, Timing, count_borders, fit, measure_table, named, random_policy, uniform_policies
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, build_choices
 from bitwright.sites import trace
@@ -26,7 +26,7 @@ TRUE = {site.name: {"int8": 1000 + site.macs, "bf16": 2000 + 3 * site.macs} for 
 
 
 def timing(policy, base=5000, noise=0.0, rng=None):
-    total = base + sum(TRUE[name][CLASSES[name][bits]] for name, bits in policy.items())
+    total = base + 4000 * count_borders(CLASSES, policy) + sum(TRUE[name][CLASSES[name][bits]] for name, bits in policy.items())
     total *= 1 + (0 if rng is None else rng.normal(0, noise))
     return Timing(policy, int(total), int(total), int(total), 10)
 
@@ -35,9 +35,9 @@ def table(count=24, judged=20, noise=0.01):
     rng = np.random.default_rng(0)
     timings = [timing(policy, noise=noise, rng=rng) for policy in uniform_policies(CLASSES)]
     timings += [timing(random_policy(CLASSES, rng), noise=noise, rng=rng) for _ in range(count + judged)]
-    base, terms = fit(TRACE.sites, CLASSES, timings[: len(timings) - judged])
-    held = tuple(timings[len(timings) - judged :])
-    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, tuple(timings[: len(timings) - judged]), held)
+    base, border, terms = fit(TRACE.sites, CLASSES, timings[: len(timings) - judged])
+    fitted, held = tuple(timings[: len(timings) - judged]), tuple(timings[len(timings) - judged :])
+    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, fitted, held, border, 1)
 
 
 def test_networks_that_nothing_was_fitted_on_are_predicted():
@@ -50,7 +50,7 @@ def test_networks_that_nothing_was_fitted_on_are_predicted():
 def test_a_table_is_a_cost_of_integers_and_a_promise():
     made = table(noise=0.0)
     policy = Policy((site.name, Bits(8, 8)) for site in TRACE.sites)
-    assert made.total(TRACE.sites, policy) == made.predict(policy)
+    assert made.total(TRACE.sites, policy) == made.predict(policy) + made.border  # a budget counts one border, and this has none
     assert made(TRACE.sites[0], Bits(4, 8)) == made(TRACE.sites[0], Bits(8, 8)) < made(TRACE.sites[0], Bits(16, 16))
     limit = (made.predict(policy) + made.predict(Policy((site.name, Bits(16, 16)) for site in TRACE.sites))) // 2
     budget = parse_budget(f"latency<={limit / 1e3:.3f}us", TRACE.sites, pins={}, costs=(made,))

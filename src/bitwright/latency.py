@@ -3,15 +3,17 @@ r"""Measured latency as a cost: what each layer and choice takes on a target's r
 Layers are not timed alone: what one takes depends on its neighbours, because a change between integers and floating point costs
 time of its own and fused operations cost none. Whole networks are timed instead, at random policies, and
 
-.. math:: T(\pi) \approx T_0 + \sum_i t_i(\mathrm{class}_i(\pi))
+.. math:: T(\pi) \approx T_0 + \sum_i t_i(c_i(\pi)) + b \sum_i [c_i(\pi) \ne c_{i+1}(\pi)]
 
-is fitted by least squares, where a class is what the target runs a pair of widths as (``int8``, ``bf16``, …). Terms are drawn
-towards a share of the uniform networks' times in proportion to multiply-accumulates. The terms so hold what borders cost on
+is fitted by non-negative least squares, where a class c is what the target runs a pair of widths as (``int8``, ``bf16``, …), and b is
+what a border between two sites that run one after the other costs. Terms are drawn towards a share of the uniform networks' times in
+proportion to multiply-accumulates. As a cost, which is a sum over sites, a table counts the borders that the timed policies have on
 average. How well whole networks are predicted is judged on policies that nothing was fitted on, and kept in the table.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from bitwright.costs import Cost
@@ -79,6 +82,8 @@ class Table(Cost):
         classes: by site, the class of every pair of widths.
         fitted: the timings that the terms are fitted on.
         judged: timings beside predictions of policies that nothing was fitted on.
+        border: nanoseconds of a change of class between two sites that run one after the other.
+        borders: how many changes a budget counts: those of the timed policies on average.
     """
 
     name: ClassVar[str] = "latency"
@@ -92,11 +97,13 @@ class Table(Cost):
     classes: Mapping[str, Mapping[Bits, str]] = field(hash=False)
     fitted: tuple[Timing, ...] = field(default=(), hash=False)
     judged: tuple[Timing, ...] = field(default=(), hash=False)
+    border: int = 0
+    borders: int = 0
 
     @property
     def fixed(self) -> int:
-        """What is spent whatever the policy says."""
-        return self.base
+        """What is spent whatever the policy says, an average number of borders included."""
+        return self.base + self.border * self.borders
 
     def __call__(self, site: Site, bits: Bits) -> int:
         """Return the nanoseconds of a site at a pair of widths."""
@@ -115,8 +122,9 @@ class Table(Cost):
         return sum(max(self.terms[site.name].values()) for site in sites)
 
     def predict(self, policy: Mapping[str, Bits]) -> int:
-        """Return the nanoseconds of a whole network."""
-        return self.base + sum(self.terms[name][self.classes[name][bits]] for name, bits in policy.items())
+        """Return the nanoseconds of a whole network with the borders that it has."""
+        terms = sum(self.terms[name][self.classes[name][bits]] for name, bits in policy.items())
+        return self.base + terms + self.border * count_borders(self.classes, policy)
 
     def errors(self) -> list[float]:
         """Return how far each judged prediction is off, as a share of the measurement."""
@@ -131,7 +139,8 @@ class Table(Cost):
         judged = {"median_error": float(np.median(errors)), "worst_error": max(errors), "policies": len(errors)} if errors else None
         terms = {name: dict(known) for name, known in self.terms.items()}
         timings = {"fitted": [t.to_dict() for t in self.fitted], "judged": [t.to_dict() for t in self.judged]}
-        return {**facts, "base": self.base, "terms": terms, "classes": classes, "prediction": judged, **timings}
+        facts |= {"base": self.base, "border": self.border, "borders": self.borders}
+        return {**facts, "terms": terms, "classes": classes, "prediction": judged, **timings}
 
     def save(self, path: str | Path) -> None:
         """Write the table to a JSON file."""
@@ -149,7 +158,8 @@ class Table(Cost):
             }
             terms = {name: {str(kind): int(ns) for kind, ns in known.items()} for name, known in data["terms"].items()}
             fitted, judged = (tuple(_timing(entry) for entry in data[part]) for part in ("fitted", "judged"))
-            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, fitted, judged)
+            borders = int(data["border"]), int(data["borders"])
+            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, fitted, judged, *borders)
         except OSError as error:
             ask = "measure one: bitwright profile --target NAME --measure"
             raise BudgetError(f"latency: no table in {path} ({error.strerror}); {ask}") from None
@@ -224,8 +234,9 @@ def measure_table(
     stopwatch = Stopwatch(model, trace, example, target)
     timings = stopwatch.time(drawn, SECONDS, TURNS, log)
     fitted, held = timings[: len(timings) - judged], timings[len(timings) - judged :]
-    base, terms = fit(trace.sites, classes, fitted)
-    return Table(named(target), fingerprint(target.latency), base, terms, classes, tuple(fitted), tuple(held))
+    base, border, terms = fit(trace.sites, classes, fitted)
+    usual = round(sum(count_borders(classes, timing.policy) for timing in fitted) / len(fitted))
+    return Table(named(target), fingerprint(target.latency), base, terms, classes, tuple(fitted), tuple(held), border, usual)
 
 
 def named(target: Target) -> str:
@@ -255,10 +266,14 @@ def random_policy(classes: Mapping[str, Mapping[Bits, str]], rng: np.random.Gene
     return Policy(entries)
 
 
-def fit(
-    sites: Sequence[Site], classes: Mapping[str, Mapping[Bits, str]], timings: Sequence[Timing]
-) -> tuple[int, dict[str, dict[str, int]]]:
-    """Return (base, terms) of least squared relative error, each term drawn towards its prior; none is below zero.
+def count_borders(classes: Classes, policy: Mapping[str, Bits]) -> int:
+    """Return how often the class changes from one site to the next."""
+    kinds = [classes[name][bits] for name, bits in policy.items()]
+    return sum(a != b for a, b in itertools.pairwise(kinds))
+
+
+def fit(sites: Sequence[Site], classes: Classes, timings: Sequence[Timing]) -> tuple[int, int, dict[str, dict[str, int]]]:
+    """Return (base, border, terms) of least squared relative error, each term drawn towards its prior; none is below zero.
 
     Args:
         sites: with their multiply-accumulates.
@@ -267,22 +282,24 @@ def fit(
     """
     keys = [(name, kind) for name, known in classes.items() for kind in dict.fromkeys(known.values())]
     place = {key: k for k, key in enumerate(keys)}
-    design = np.zeros((len(timings), len(keys) + 1))
+    design = np.zeros((len(timings), len(keys) + 2))
     design[:, -1] = 1
     for row, timing in enumerate(timings):
+        design[row, -2] = count_borders(classes, timing.policy)
         for name, bits in timing.policy.items():
             design[row, place[name, classes[name][bits]]] = 1
     wanted = np.array([timing.median for timing in timings], dtype=np.float64)
     prior = _prior(sites, classes, keys, timings)
     weights = 1 / (NOISE * wanted)
-    pull = 1 / (SHRINKAGE * np.maximum(prior, prior.sum() / len(prior) / 20))
+    pull = 1 / (SHRINKAGE * np.maximum(prior, prior.sum() / len(prior) / 5))
+    pull[-2:] /= 100  # nothing is known of borders and base beforehand
     rows = np.concatenate([design * weights[:, None], np.diag(pull)])
-    solution = np.linalg.lstsq(rows, np.concatenate([wanted * weights, prior * pull]), rcond=None)[0]
-    values = [max(0, round(float(value))) for value in solution]
+    solution = lsq_linear(rows, np.concatenate([wanted * weights, prior * pull]), bounds=(0, np.inf)).x
+    values = [round(float(value)) for value in solution]
     terms: dict[str, dict[str, int]] = {}
     for (name, kind), value in zip(keys, values, strict=False):
         terms.setdefault(name, {})[kind] = value
-    return values[-1], terms
+    return values[-1], values[-2], terms
 
 
 def _prior(
@@ -298,7 +315,7 @@ def _prior(
             by_kind[kind] = max(by_kind.get(kind, (0.0, 0.0)), (share, float(timing.median)))
     mean = math.fsum(timing.median for timing in timings) / len(timings)
     prior = [0.9 * by_kind.get(kind, (0.0, mean))[1] * macs[name] / whole for name, kind in keys]
-    return np.array([*prior, 0.1 * mean])
+    return np.array([*prior, 0.01 * mean, 0.1 * mean])
 
 
 def skipped_on_gpu() -> str | None:
