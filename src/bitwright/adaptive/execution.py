@@ -317,15 +317,15 @@ class _Toward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the two values."""
-        y, other, gate, trust = inputs
+        y, other, _, trust = inputs
         ctx.save_for_backward(y, other)
-        ctx.kind, ctx.trust = gate.dtype, trust
+        ctx.trust = trust
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         """Return the gradient of the value, and of each sample's gate."""
         y, other = ctx.saved_tensors
-        return grad, None, (grad * (other - y)).flatten(1).sum(1).clamp(-ctx.trust, ctx.trust).to(ctx.kind), None
+        return grad, None, (grad * (other - y)).flatten(1).float().sum(1).clamp(-ctx.trust, ctx.trust), None
 
 
 def mix(y: Tensor, other: Tensor, gate: Tensor | None, *, attached: bool, trust: float) -> Tensor:
