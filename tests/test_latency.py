@@ -71,7 +71,7 @@ def test_a_table_is_kept_with_units_runs_spread_and_machine(tmp_path):
     assert Table.load(tmp_path / "t.json") == made
     data = json.loads((tmp_path / "t.json").read_text())
     assert (data["unit"], data["batch"], data["prediction"]["policies"]) == ("ns", 1, 20)
-    assert {"median", "p10", "p90", "n"} < set(data["fitted"][0])
+    assert {"typical", "fastest", "median", "n"} < set(data["fitted"][0])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_small_network_is_timed_on_the_runtime(name, package, wide):
     made = measure_table(NET, TRACE, torch.rand(2, 3, 8, 8), target, choices, policies=1, judged=1)
     assert made.target == named(target)
     assert len(made.fitted) == 3
-    assert all(0 < timing.low <= timing.median <= timing.high and timing.runs >= 15 for timing in made.fitted + made.judged)
+    assert all(0 < timing.low <= timing.typical <= timing.high and timing.runs >= 15 for timing in made.fitted + made.judged)
     assert made.machine["threads"] == 1
     assert package in made.machine["runtime"]
     assert {kind for known in made.terms.values() for kind in known} == {"int8", "float32" if wide == 32 else "bf16"}

@@ -38,8 +38,8 @@ from bitwright.targets import Target
 
 FORMAT = "bitwright-latency-1"
 FILE = "latency.json"
-SECONDS = 0.05
-"""Processor time for which a network is run in one turn."""
+SECONDS = 0.1
+"""For how long a network is run in one turn."""
 TURNS = 3
 """Turns that every network gets; those of different networks alternate."""
 SHRINKAGE = 0.3
@@ -53,13 +53,13 @@ Classes = Mapping[str, Mapping[Bits, str]]
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one network took, in nanoseconds: the median of the faster half of the runs, the middle 80 %, and how many runs.
+    """How long one network took, in nanoseconds: the tenth percentile of its runs, the fastest one, their median, and how many.
 
-    It is the processor time of one thread, which is the latency where nothing else wants that core.
+    The tenth percentile stands for the network: what else the machine does makes a run longer, and never shorter.
     """
 
     policy: Policy
-    median: int
+    typical: int
     low: int
     high: int
     runs: int
@@ -67,7 +67,7 @@ class Timing:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""
         sites = {name: list(bits) for name, bits in self.policy.items()}
-        return {"policy": sites, "median": self.median, "p10": self.low, "p90": self.high, "n": self.runs}
+        return {"policy": sites, "typical": self.typical, "fastest": self.low, "median": self.high, "n": self.runs}
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,12 @@ class Table(Cost):
 
     def errors(self) -> list[float]:
         """Return how far each judged prediction is off, as a share of the measurement."""
-        return [abs(self.predict(timing.policy) / timing.median - 1) for timing in self.judged]
+        return [abs(self.predict(timing.policy) / timing.typical - 1) for timing in self.judged]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values; `from_dict` reads them back."""
         classes = {name: {f"{b.w},{b.a}": kind for b, kind in known.items()} for name, known in self.classes.items()}
-        facts: dict[str, Any] = {"format": FORMAT, "unit": "ns", "clock": "processor time, one thread", "batch": 1}
+        facts: dict[str, Any] = {"format": FORMAT, "unit": "ns", "clock": "wall, one thread, tenth percentile of the runs", "batch": 1}
         facts |= {"target": self.target, "machine": dict(self.machine)}
         errors = self.errors()
         judged = {"median_error": float(np.median(errors)), "worst_error": max(errors), "policies": len(errors)} if errors else None
@@ -174,7 +174,7 @@ def _bits(key: str) -> Bits:
 
 def _timing(entry: Mapping[str, Any]) -> Timing:
     policy = Policy({name: (int(w), int(a)) for name, (w, a) in entry["policy"].items()})
-    return Timing(policy, int(entry["median"]), int(entry["p10"]), int(entry["p90"]), int(entry["n"]))
+    return Timing(policy, int(entry["typical"]), int(entry["fastest"]), int(entry["median"]), int(entry["n"]))
 
 
 def fingerprint(runtime: str) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def fit(sites: Sequence[Site], classes: Classes, timings: Sequence[Timing]) -> t
         design[row, -2] = count_borders(classes, timing.policy)
         for name, bits in timing.policy.items():
             design[row, place[name, classes[name][bits]]] = 1
-    wanted = np.array([timing.median for timing in timings], dtype=np.float64)
+    wanted = np.array([timing.typical for timing in timings], dtype=np.float64)
     prior = _prior(sites, classes, keys, timings)
     weights = 1 / (NOISE * wanted)
     pull = 1 / (SHRINKAGE * np.maximum(prior, prior.sum() / len(prior) / 5))
@@ -312,8 +312,8 @@ def _prior(
     for timing in timings:
         for kind in {classes[name][bits] for name, bits in timing.policy.items()}:
             share = sum(macs[name] for name, bits in timing.policy.items() if classes[name][bits] == kind) / whole
-            by_kind[kind] = max(by_kind.get(kind, (0.0, 0.0)), (share, float(timing.median)))
-    mean = math.fsum(timing.median for timing in timings) / len(timings)
+            by_kind[kind] = max(by_kind.get(kind, (0.0, 0.0)), (share, float(timing.typical)))
+    mean = math.fsum(timing.typical for timing in timings) / len(timings)
     prior = [0.9 * by_kind.get(kind, (0.0, mean))[1] * macs[name] / whole for name, kind in keys]
     return np.array([*prior, 0.01 * mean, 0.1 * mean])
 
