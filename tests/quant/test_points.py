@@ -123,7 +123,7 @@ def test_an_unknown_kind_and_missing_images_are_errors():
 @pytest.mark.parametrize(("step", "instead"), [("batchnorm", "bias"), ("refine", "rounding")])
 def test_corrections_that_do_not_fit_integer_arithmetic_name_another(step, instead):
     model = net()
-    policy = Policy({name: (8, 8) for name in trace(model, X).names})
+    policy = Policy(dict.fromkeys(trace(model, X).names, (8, 8)))
     with pytest.raises(BitwrightError, match=f"give correct=\\('{instead}',\\)"):
         quantize(model, policy, calibration=X, correct=(step,), options=QuantOptions(scales="power_of_two"))
 

@@ -126,9 +126,7 @@ def _check_plain(model: nn.Module) -> None:
     """Refuse what a float architecture has no place for."""
     point = next((name for name, _ in named_points(model)), None)
     if point is not None:
-        raise ExportError(
-            f"export: a packed file cannot say '{point}' of a target; give --to onnx, or quantize without points"
-        )
+        raise ExportError(f"export: a packed file cannot say '{point}' of a target; give --to onnx, or quantize without points")
     folded = next((name for name, module in model.named_modules() if isinstance(module, Folded)), None)
     if folded is not None:
         found = f"the BatchNorm '{folded}' is folded (scales='power_of_two')"
