@@ -181,9 +181,7 @@ class TestStale:
 
     def test_choices_that_were_not_measured(self, table, problem):
         wider = {**problem.choices, "branches.2": (Bits(3, 4), Bits(8, 8))}
-        with pytest.raises(
-            RunError, match=r"other choices: site 'branches\.2' has W2A4, W2A8, .* and not W3A4; measure it anew"
-        ):
+        with pytest.raises(RunError, match=r"other choices: site 'branches\.2' has W2A4, W2A8, .* and not W3A4; measure it anew"):
             table.solve(on(problem, choices=wider))
 
     def test_fewer_choices_are_fine_unless_they_were_measured_together(self, problem):

@@ -178,9 +178,7 @@ def test_files_that_are_no_weights(tmp_path):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    ("name", "file"), [("cifar_resnet20", "akamaster_resnet20-12fca82f.th"), ("resnet8", "mlperf_tiny_resnet8.npz")]
-)
+@pytest.mark.parametrize(("name", "file"), [("cifar_resnet20", "akamaster_resnet20-12fca82f.th"), ("resnet8", "mlperf_tiny_resnet8.npz")])
 def test_public_checkpoints(name, file):
     root = os.environ.get("BITWRIGHT_DATA")
     if not root or not (Path(root) / "checkpoints" / file).exists():
