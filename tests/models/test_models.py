@@ -17,6 +17,7 @@ SHAPES = {"digits_cnn": (1, 8), "resnet8": (3, 32), "resnet18": (3, 224), "resne
 PARAMETERS = {
     "digits_cnn": 17_890,
     "cifar_resnet20": 269_722,
+    "cifar_resnet8": 75_290,
     "cifar_resnet32": 464_154,
     "cifar_resnet44": 658_586,
     "cifar_resnet56": 853_018,

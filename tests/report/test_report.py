@@ -123,7 +123,7 @@ def test_the_terminal_shows_the_same_rows(finished_run: Path) -> None:
     out = stream.getvalue()
     for row in policy_rows(read_facts(finished_run)):
         assert all(cell in out for cell in row.cells[:-1]), row  # the widths may be folded
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(len(line) for line in out.splitlines() if str(finished_run) not in line) <= 80  # paths are left whole
 
 
 # ---- the trajectory and the alarms
