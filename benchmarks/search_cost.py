@@ -4,7 +4,7 @@
 
 HAQ searches on the target within the same budget. Two comparisons, as the claim of "up to 300 times" does not say which is meant:
 its published search (600 episodes, each trains for an epoch of 20,000 images and is judged on 10,000: counted, not run) and the episode
-at which the HAQ search that was run here (no training inside an episode, judged on the 5,000 held-out images) first has a policy whose
+at which the HAQ search that was run here (no training inside an episode, judged by the loss of any policy) first has a policy whose
 loss is no higher than that of SEAM's policy, at its own cost and at the published cost of so many episodes. An image forward is one
 sample-pass, backward two more. What is searched on the proxies, and its files, are those of benchmarks/transfer.py.
 Writes results/search-cost.csv.

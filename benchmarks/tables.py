@@ -301,7 +301,7 @@ def cost_of_search(rows: list[Row]) -> str:
     }
     text = (
         "CIFAR-10 ResNet-20. Published HAQ is 600 episodes, each of 79 batches of 256 images to train on and 10,000 to judge on: "
-        "counted, not run. As run here an episode trains nothing and is judged on 5,000 images. Losses are mean KL on the "
+        "counted, not run. As run here an episode trains nothing and is judged by the loss as any policy is. Losses are mean KL on the "
         "target's selection images."
     )
     return f"## What a search costs\n\n{text}\n\n{table(shown, columns)}\n"
