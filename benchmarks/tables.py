@@ -67,12 +67,13 @@ def quick(rows: list[Row]) -> str:
             "BitOps (G)": ("bitops", giga),
             "widths": ("weight_widths", str),
             "file (bytes)": ("size", str),
+            "threads": ("threads", str),
             "seconds": ("seconds", str),
         },
     )
     text = (
-        "SDQ's policy, then fine-tuning against the float network's soft labels, from the public 91.73 % ResNet-20. Seconds are of one "
-        "thread of a shared machine; *changed* names what differs from the recipe."
+        "SDQ's policy, then fine-tuning against the float network's soft labels, from the public 91.73 % ResNet-20. Seconds are of a "
+        "shared machine; *changed* names what differs from the recipe."
     )
     return f"## CIFAR-10 ResNet-20, quick recipes\n\n{text} Widths are `width:layers`.\n\n{shown}\n"
 
