@@ -2,7 +2,8 @@
 
     python benchmarks/equal_finetuning.py --data-root DATA --weights RESNET20.th [--only sdq "random 1" …]
 
-Takes the quick recipe's budget, data and learning rate, with 3 epochs on the labels (no teacher) for every policy. ``--only``
+Takes the quick recipe's budget, data and learning rate, with 3 epochs on the labels (no teacher, so no blended images)
+for every policy. ``--only``
 runs some of the policies, so that several processes can share the work; without it whatever is missing is run and
 results/equal-finetuning.csv is written: one row per policy and a row of the random mean, its
 standard error, and SDQ's gap in standard errors. ``uniform W2`` has the pinned ends beside its 2 bits and so costs 0.02 bits more
@@ -76,7 +77,7 @@ def main() -> None:
     recipe = load_recipe(RECIPE, [f"model.weights={arguments.weights}"])
     job = Job.open(recipe, arguments.out, data_root=arguments.data_root)
     run_stages(job, ["search"])
-    options = make_options(FinetuneOptions, {**(recipe.finetune or {}), "epochs": arguments.epochs}, "finetune")
+    options = make_options(FinetuneOptions, {**(recipe.finetune or {}), "mixup": 0.0, "epochs": arguments.epochs}, "finetune")
     rows = [measure(label, job, options, made_by) for label in arguments.only or LABELS]
     if arguments.only:
         return
