@@ -58,7 +58,7 @@ def check_policy(job: Job, name: str | None, policy: Policy | None) -> dict[str,
         raise TargetError("export --check: the run has no target; give --target NAME, one of " + ", ".join(available()))
     policy = job.policy if policy is None else policy
     job.trace_names(policy)
-    target.check(job.trace.sites, policy)
+    target.check(job.trace, policy)
     sites = {site.name: target.runs(site, policy[site.name]) for site in job.trace.sites}
     sys.stdout.write(f"{len(sites)} sites run on {target.name}\n")
     return {"target": target.name, "version": target.version, "violations": [], "runs": sites}

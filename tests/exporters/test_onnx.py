@@ -124,7 +124,7 @@ def test_wide_half_integer_codes_and_float_networks_and_unknown_options_are_erro
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
     with pytest.raises(ExportError, match="no quantized layer"):
         export(OptionA(), "onnx", tmp_path / "m.onnx", example=IMAGES)
-    with pytest.raises(ExportError, match="types 'int4'; type 'int8' or 'native'"):
+    with pytest.raises(ExportError, match="option types='int4': expected 'int8' or 'native'"):
         export(model, "onnx", tmp_path / "m.onnx", example=x, types="int4")
     with pytest.raises(ExportError, match="no option 'step' for onnx; did you mean 'steps'"):
         export(model, "onnx", tmp_path / "m.onnx", example=x, step=1)
@@ -270,3 +270,38 @@ def test_what_a_packed_file_cannot_say_is_an_error_that_names_it(tmp_path):
 def test_options_in_quantize_reach_the_graph():
     assert QuantOptions(scales="power_of_two").integer
     assert not QuantOptions().integer
+
+
+def test_a_policy_that_the_layers_do_not_run_at_is_refused_at_export_and_in_a_file(good, tmp_path):
+    from bitwright.exporters._onnx_file import KEY
+
+    model, x, policy = deployed("tiny", [(8, 8)])
+    for wrong, message in (
+        (Policy({site: (2, 2) for site in policy}), "the policy says W2A2 for"),
+        (Policy({**policy, "zzz": (2, 2)}), "'zzz', which is no quantized layer"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export(model, "onnx", tmp_path / "m.onnx", example=x, policy=wrong)
+    assert not (tmp_path / "m.onnx").exists()
+
+    def claim(model):
+        entry = next(entry for entry in model.metadata_props if entry.key == KEY)
+        content = json.loads(entry.value)
+        content["policy"]["sites"] = {site: {"w": 1, "a": 1} for site in content["policy"]["sites"]}
+        entry.value = json.dumps(content)
+
+    with pytest.raises(ExportError, match="tampered with or damaged: the policy says W1A1"):
+        verify(_resigned(good, tmp_path / "claims.onnx", claim))
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", "abc"), ("outputs", "much"), ("types", "int3")])
+def test_an_option_of_another_type_is_one_line(tmp_path, option, value):
+    model, x, policy = deployed("tiny", [(8, 8)])
+    with pytest.raises(ExportError, match=f"export: (option )?{option}"):
+        export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, **{option: value})
+
+
+def test_a_file_of_another_ending_is_refused(tmp_path):
+    model, x, policy = deployed("tiny", [(8, 8)])
+    with pytest.raises(ExportError, match=r"a file of onnx ends in .onnx; name it m.onnx"):
+        export(model, "onnx", tmp_path / "m.bin", example=x, policy=policy)

@@ -41,15 +41,46 @@ def test_a_restricted_choice_is_legal_and_one_outside_is_named_with_its_nearest(
             assert target.nearest(site, bits) == bits
             assert target.runs(site, bits)
     policy = Policy({site.name: choices[site.name][0] for site in digits.sites})
-    target.check(digits.sites, policy)
-    assert target.violations(digits.sites, policy) == ()
+    target.check(digits, policy)
+    assert target.violations(digits, policy) == ()
 
 
 def test_violations_name_each_site_and_the_nearest_widths_that_run(digits):
     target = get_target("openvino-x86")
     policy = Policy(dict.fromkeys(digits.names, (8, 8))).replace({"conv2": Bits(4, 4), "fc": Bits(1, 8)})
     with pytest.raises(TargetError, match=r"2 of 6 sites .*'conv2' \(convolution\) has W4A4, nearest W4A8; 'fc' \(linear\) has W1A8"):
-        target.check(digits.sites, policy)
+        target.check(digits, policy)
+
+
+def test_a_network_with_one_float_type_has_no_32_beside_16(digits):
+    target = get_target("openvino-x86")
+    choices = target.restrict(digits, build_choices(digits, (8, 16, 32), (8, 16, 32), pin_first="free", pin_last="free"))
+    assert {bits for allowed in choices.values() for bits in allowed if 16 in bits or 32 in bits} == {Bits(16, 16), Bits(8, 16)}
+    only = target.restrict(digits, build_choices(digits, (8, 32), (8, 32), pin_first="free", pin_last="free"))
+    assert all(Bits(32, 32) in allowed for allowed in only.values())
+    policy = Policy(dict.fromkeys(digits.names, (16, 16))).replace({"conv2": Bits(32, 32)})
+    with pytest.raises(TargetError, match=r"1 of 6 sites .*'conv2' \(convolution\) has W32A32, nearest W16A16"):
+        target.check(digits, policy)
+
+
+def test_pinned_ends_are_checked_and_their_widths_too(digits, tmp_path):
+    file = tmp_path / "mine.yaml"
+    text = HEAD + "pinned: {first: %s}, layers: {convolution: [{w: [4, 8], a: [8], runs: i}], linear: [{w: [8], a: [8], runs: i}]}}"
+    file.write_text(text % "[8, 8]")
+    policy = Policy(dict.fromkeys(digits.names, (8, 8))).replace({digits.first: Bits(4, 8)})
+    with pytest.raises(TargetError, match="has W4A8, nearest W8A8"):
+        get_target(file).check(digits, policy)
+    file.write_text(text % "[0, 8]")
+    with pytest.raises(TargetError, match="width 0 is not one of"):
+        get_target(file)
+
+
+def test_a_kind_that_does_not_run_hides_no_other_violation():
+    attention = trace(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)), torch.zeros(1, 3, 8))
+    policy = Policy(dict.fromkeys(attention.names, (3, 16)))
+    found = get_target("qonnx-fpga").violations(attention, policy)
+    assert [v.site for v in found] == list(attention.names)
+    assert {v.nearest is None for v in found} == {True, False}
 
 
 def test_what_the_target_does_not_run_at_all_is_an_error_before_the_search(digits):

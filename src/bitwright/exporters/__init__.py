@@ -10,14 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bitwright.errors import ExportError, nearest
-from bitwright.policy import Policy
+from bitwright.policy import Bits, Policy
 from bitwright.runs import write_text_atomic
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -195,12 +196,15 @@ def verify(path: str | Path, *, to: str | None = None, model: nn.Module | None =
         ExportError: it is damaged, tampered with, or does not keep its policy; the message says which.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise ExportError(f"{path}: no such file; give an artefact that `bitwright export` wrote")
     known = available() if to is None else (to,)
-    for name in known:
-        if to is not None or get(name).recognises(path):
-            return get(name).verify(path, model)
+    try:
+        for name in known:
+            if to is not None or get(name).recognises(path):
+                return get(name).verify(path, model)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read ({error.strerror or error})") from None
     raise ExportError(f"{path}: of no format that bitwright writes ({', '.join(known)}), or cut off; name its format with --to")
 
 
@@ -234,7 +238,10 @@ def export(
     for key in options:
         if key not in known:
             raise ExportError(f"export: no option '{key}' for {to}; {nearest(key, known)}")
-    exporter, path = kind(**options), Path(path)
+    hints = get_type_hints(kind)
+    exporter, path = kind(**{key: _typed(hints[key], key, value) for key, value in options.items()}), Path(path)
+    if kind.suffixes and path.suffix not in kind.suffixes:
+        raise ExportError(f"{path}: a file of {to} ends in {' or '.join(kind.suffixes)}; name it {path.with_suffix(kind.suffixes[0]).name}")
     source = Source(_plain_copy(model), _on_cpu(example), policy, reference)
     partial = path.with_name(f".{path.name}.unchecked")
     try:
@@ -252,6 +259,41 @@ def export(
             partial.with_name(name).unlink(missing_ok=True)
     size = path.stat().st_size + sum(path.with_suffix(ending).stat().st_size for ending in kind.companions)
     return Artefact(path, to, size, parts, found.levels, found.largest_difference, found.parity)
+
+
+def _typed(hint: Any, key: str, value: object) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        complaint = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
+        raise ExportError(f"export: option {key}={value!r}: {complaint}") from None
+
+
+def policy_gap(policy: Mapping[str, Bits], layers: Mapping[str, Bits]) -> str | None:
+    """Return where layers do not run at what a policy says of their sites, or a quantized site is no layer; None where all agrees.
+
+    Args:
+        policy: bits by site; a site is named as its first layer.
+        layers: bits by layer, functional calls by their addresses.
+
+    >>> policy_gap({"fc": Bits(2, 8)}, {"fc": Bits(2, 8)}), policy_gap({"fc": Bits(2, 8)}, {"fc": Bits(4, 8)})
+    (None, "the policy says W2A8 for 'fc', which runs at W4A8")
+    """
+    for site, bits in policy.items():
+        if site in layers and layers[site] != bits:
+            return f"the policy says {bits!r} for '{site}', which runs at {layers[site]!r}"
+        calls = [layer for layer in layers if "#" in layer and layer.partition("#")[0] == site.rpartition(".")[0]]  # of its parameter
+        if site not in layers and min(bits) <= 8 and not any(layers[call] == bits for call in calls):
+            return f"the policy says {bits!r} for '{site}', which is no quantized layer; {nearest(site, list(layers))}"
+    given = set(policy.values())
+    return next((f"'{layer}' runs at {bits!r}, which the policy says of no site" for layer, bits in layers.items() if bits not in given), None)
+
+
+def check_policy(policy: Mapping[str, Bits], layers: Mapping[str, Bits]) -> None:
+    """Raise `ExportError` where `policy_gap` finds one before a file is written."""
+    found = policy_gap(policy, layers)
+    if found is not None:
+        raise ExportError(f"export: {found}; pass the policy it was quantized with")
 
 
 def _write_parity(path: Path, to: str, found: Check) -> None:

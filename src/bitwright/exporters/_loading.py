@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bitwright import models
 from bitwright.errors import BitwrightError, ExportError
-from bitwright.exporters import TensorCheck, Verification, outputs
+from bitwright.exporters import TensorCheck, Verification, outputs, policy_gap
 from bitwright.exporters._container import from_bytes, from_raw, unpack_bits
 from bitwright.exporters._format import VECTORS, Content, Kept, Record, Slot, is_vector_norm, kept_tensors
-from bitwright.exporters._sample import EXTENT, SAMPLES, sample_of
+from bitwright.exporters._sample import EXTENTS, SAMPLES, sample_of
 from bitwright.policy import Policy
 from bitwright.quant.functional import SIGNED_MAX
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, replace_module
@@ -63,15 +63,27 @@ def verify(path: Path, model: nn.Module | None) -> Verification:
     """Load a file and count what is in it; raises `ExportError` with the reason for a damaged one."""
     network = load(path, model)
     content = _read(path)[0]
+    found = policy_gap(content.policy, {slot.name: record.bits for slot, record in zip(content.slots, content.records, strict=True)})
+    if found is not None:
+        raise ExportError(f"{path}: tampered with or damaged: {found}; export it again")
     rows = [_count(network, slot, record) for slot, record in zip(content.slots, content.records, strict=True)]
-    first = network.get_submodule(content.slots[0].name)
-    weight = first.get_parameter("weight")
-    channels = weight.shape[0] if getattr(first, "transposed", False) else weight.shape[1] * int(getattr(first, "groups", 1))
-    sample = torch.from_numpy(sample_of([SAMPLES, channels, *[EXTENT] * (weight.dim() - 2)], "float32"))
-    out = outputs(network, sample)
+    out = _run(network, network.get_submodule(content.slots[0].name))
     if not all(bool(torch.isfinite(x).all()) for x in out):
         raise ExportError(f"{path}: its network gives outputs that are nan or infinite; export it again")
-    return Verification(path, "packed", content.policy, tuple(rows), SAMPLES).checked()
+    return Verification(path, "packed", content.policy, tuple(rows), SAMPLES if out else 0).checked()
+
+
+def _run(network: nn.Module, first: nn.Module) -> list[Tensor]:
+    """Return a network's outputs on samples of the first extent that it takes; none if it takes no images of any that is tried."""
+    weight = first.get_parameter("weight")
+    channels = weight.shape[0] if getattr(first, "transposed", False) else weight.shape[1] * int(getattr(first, "groups", 1))
+    for extent in EXTENTS:
+        sample = torch.from_numpy(sample_of([SAMPLES, channels, *[extent] * (weight.dim() - 2)], "float32"))
+        try:
+            return outputs(network, sample)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # another extent, or no image at all: the file does not say
+            continue
+    return []
 
 
 def _count(network: nn.Module, slot: Slot, record: Record) -> TensorCheck:

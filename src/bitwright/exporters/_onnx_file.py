@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.errors import ExportError, PolicyError
-from bitwright.exporters import Example, Source, TensorCheck, Verification, outputs
+from bitwright.exporters import Example, Source, TensorCheck, Verification, check_policy, outputs, policy_gap
 from bitwright.exporters._emission import Emitted
 from bitwright.exporters._graph import Program
 from bitwright.exporters._sample import SAMPLES, sample_of
@@ -28,6 +28,7 @@ Runner = Callable[[bytes, Mapping[str, Any]], list[Any]]
 def content_text(source: Source, program: Program, emitted: Emitted, allowed: float, form: str = FORMAT) -> str:
     """Return what a file says of itself, as JSON; ``allowed`` is how far outputs may be from the network's, as a share."""
     policy = source.policy or Policy(emitted.layers)
+    check_policy(policy, emitted.layers)
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.inputs]
     shapes = [[size if isinstance(size, int) else SAMPLES for size in value.shape] for value in inputs]
     dtypes = [str(value.dtype).removeprefix("torch.") for value in inputs]
@@ -100,9 +101,15 @@ def content_of_text(name: str, text: str, form: str = FORMAT) -> dict[str, Any]:
         if content["format"] != form:
             raise ExportError(f"{name}: its format is {content['format']!r}, expected '{form}'")
         content["policy"] = Policy.from_json(json.dumps(content["policy"]))
-        return dict(content)
-    except (ValueError, KeyError, TypeError, PolicyError, RecursionError) as error:
+        layers = {str(layer): Bits(*bits) for layer, bits in content["layers"].items()}
+        found = policy_gap(content["policy"], layers) or next(
+            (f"'{a}' is written at {Bits(*b)!r} and runs at {layers.get(a)!r}" for a, b, *_ in content["weights"] if layers.get(a) != Bits(*b)), None
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, PolicyError, RecursionError) as error:
         raise ExportError(f"{name}: its metadata do not parse ({type(error).__name__}); export it again") from None
+    if found is not None:
+        raise ExportError(f"{name}: tampered with or damaged: {found}; export it again")
+    return dict(content)
 
 
 def verify_file(onnx: Any, path: Path, runner: Runner) -> Verification:

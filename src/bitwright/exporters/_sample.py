@@ -9,7 +9,7 @@ import numpy as np
 
 SAMPLES = 2
 """Samples in a batch."""
-EXTENT = 32
+EXTENTS = (32, 28, 224, 96, 64, 16, 8)
 """Pixels along an axis of an image whose size a file does not say."""
 
 

@@ -83,11 +83,6 @@ class Onnx(Exporter):
     outputs: float | None = None
     fallback: Literal["report", "raise"] = "report"
 
-    def __post_init__(self) -> None:
-        for name, value, known in (("types", self.types, ("int8", "native")), ("fallback", self.fallback, ("report", "raise"))):
-            if value not in known:
-                raise ExportError(f"export: {name} '{value}'; type '{known[0]}' or '{known[1]}'")
-
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
         """Write the file; raises `ExportError` for a call that has no ONNX form here."""
         onnx = required("onnx")

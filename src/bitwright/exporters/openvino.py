@@ -157,7 +157,7 @@ def runtime_options(layers: Mapping[str, Bits]) -> dict[str, str]:
     if half and full:
         both = f"'{half[0]}' has 16 bits and '{full[0]}' 32"
         raise ExportError(f"export: {both}, and an OpenVINO network has one type for all that is not 8-bit; give both 16, or both 32")
-    return {"INFERENCE_PRECISION_HINT": "f32" if full else "bf16"}
+    return {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
 
 
 def compile_model(model: Any, layers: Mapping[str, Bits]) -> Any:
@@ -165,11 +165,7 @@ def compile_model(model: Any, layers: Mapping[str, Bits]) -> Any:
     options = {**runtime_options(layers), "INFERENCE_NUM_THREADS": "1", "NUM_STREAMS": "1"}
     core = library().Core()
     if options["INFERENCE_PRECISION_HINT"] == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        if any(16 in bits for bits in layers.values()):
-            raise ExportError(
-                "export: the policy has 16-bit layers and this CPU has no bfloat16; export on one that has, or give 8 or 32 bits"
-            )
-        options["INFERENCE_PRECISION_HINT"] = "f32"
+        raise ExportError("export: the policy has 16-bit layers and this CPU has no bfloat16; export on one that has, or give 8 or 32 bits")
     return core.compile_model(model, "CPU", options)
 
 

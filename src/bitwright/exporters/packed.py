@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bitwright import models
 from bitwright.errors import ExportError
-from bitwright.exporters import Check, Exporter, Reference, Source, Verification, compare_outputs, outputs
+from bitwright.exporters import Check, Exporter, Reference, Source, Verification, check_policy, compare_outputs, outputs
 from bitwright.exporters._container import DTYPES, header_room, pack_bits, raw, to_bytes
 from bitwright.exporters._format import VECTORS, BatchNormMode, Content, Kept, Record, Slot, kept_tensors, origin, vector_norms
 from bitwright.exporters._loading import load, read_policy
@@ -99,7 +99,7 @@ class Packed(Exporter):
             raise ExportError(f"export: a packed file cannot say the functional call '{call}'; {ask}")
         _check_plain(source.model)
         policy = source.policy or Policy((name, layer.bits) for name, layer in layers.items())
-        _check_policy(policy, layers)
+        check_policy(policy, {name: layer.bits for name, layer in layers.items()})
         encoded = [_encode(name, layer) for name, layer in layers.items()]
         slots = _slots([(name, layer.weight) for name, layer in layers.items()], encoded)
         own = [item for item, slot in zip(encoded, slots, strict=True) if slot.same is None]
@@ -171,13 +171,6 @@ def _encode_input(name: str, layer: QuantLayer) -> tuple[str, bytes]:
         return "d", b""
     found = "no quantizer" if quantizer is None else f"a {type(quantizer).__name__}"
     raise ExportError(f"export: '{name}' has A{layer.bits.a} and {found} on its input, which a packed file cannot say")
-
-
-def _check_policy(policy: Policy, layers: Mapping[str, QuantLayer]) -> None:
-    for name, layer in layers.items():
-        if name in policy and policy[name] != layer.bits:
-            asked = f"the policy says {policy[name]!r} for '{name}', which runs at {layer.bits!r}"
-            raise ExportError(f"export: {asked}; pass the policy it was quantized with")
 
 
 def _slots(weights: Sequence[tuple[str, Tensor]], encoded: Sequence[Encoded] | None = None) -> tuple[Slot, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -35,6 +35,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _known_widths(value: tuple[int, ...]) -> tuple[int, ...]:
+    for width in value:
+        if width not in WIDTHS:
+            raise ValueError(f"width {width} is not one of {', '.join(map(str, WIDTHS))}")
+    return value
+
+
 class Rule(_Strict):
     """Pairs of widths that run, and as what.
 
@@ -53,10 +60,7 @@ class Rule(_Strict):
     @field_validator("w", "a")
     @classmethod
     def _known(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        for width in value:
-            if width not in WIDTHS:
-                raise ValueError(f"width {width} is not one of {', '.join(map(str, WIDTHS))}")
-        return value
+        return _known_widths(value)
 
     @property
     def pairs(self) -> tuple[Bits, ...]:
@@ -69,6 +73,11 @@ class Pins(_Strict):
 
     first: tuple[Width, Width] | None = None
     last: tuple[Width, Width] | None = None
+
+    @field_validator("first", "last")
+    @classmethod
+    def _known(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        return value if value is None else cast("tuple[int, int]", _known_widths(value))
 
 
 class Target(_Strict):
@@ -84,6 +93,7 @@ class Target(_Strict):
         layers: what runs, by kind of layer. ``depthwise`` falls back to ``convolution``, ``transposed`` likewise; a kind that is
             not there does not run.
         pinned: ends with widths of their own.
+        one_float_type: whether a network there has one type for all that is not in integers, so that 16 and 32 bits do not go together.
         fusions: operations that run as one, for people.
         points: what else must be on a grid.
         notes: what is to be known.
@@ -97,6 +107,7 @@ class Target(_Strict):
     latency: Literal["openvino", "onnxruntime"] | None = None
     layers: dict[LayerKind, tuple[Rule, ...]]
     pinned: Pins = Pins()
+    one_float_type: bool = False
     fusions: tuple[str, ...] = ()
     points: tuple[PointKind, ...] = ()
     notes: tuple[str, ...] = ()
@@ -125,18 +136,29 @@ class Target(_Strict):
         allowed = self.legal(site)
         if not allowed:
             raise TargetError(f"target {self.name}: runs no {kind_of(site)}, such as '{site.name}'; skip it, or take another target")
-        return min(allowed, key=lambda pair: (_distance(pair, bits), -pair.w, -pair.a))
+        return _nearest(allowed, bits)
 
-    def violations(self, sites: Iterable[Site], policy: Mapping[str, Bits]) -> tuple[Violation, ...]:
-        """Return the sites whose widths do not run, with the nearest that do."""
-        wrong = [site for site in sites if site.name in policy and policy[site.name] not in self.legal(site)]
-        return tuple(Violation(s.name, kind_of(s), policy[s.name], self.nearest(s, policy[s.name])) for s in wrong)
+    def violations(self, trace: Trace, policy: Mapping[str, Bits]) -> tuple[Violation, ...]:
+        """Return the sites whose widths do not run, or not beside the others', with the nearest that do."""
+        pins = self._pins(trace)
+        mixed = self.one_float_type and any(16 in bits for bits in policy.values())
+        found = []
+        for site in trace.sites:
+            bits = policy.get(site.name)
+            if bits is None:
+                continue
+            allowed = (pins[site.name],) if site.name in pins else self.legal(site)
+            allowed = tuple(pair for pair in allowed if not (mixed and 32 in pair)) or allowed
+            if bits not in allowed:
+                found.append(Violation(site.name, kind_of(site), bits, _nearest(allowed, bits) if allowed else None))
+        return tuple(found)
 
-    def check(self, sites: Iterable[Site], policy: Mapping[str, Bits]) -> None:
+    def check(self, trace: Trace, policy: Mapping[str, Bits]) -> None:
         """Raise `TargetError` that names every site whose widths do not run, and the nearest that do."""
-        found = self.violations(sites, policy)
+        found = self.violations(trace, policy)
         if found:
-            listed = "; ".join(f"'{v.site}' ({v.kind}) has {v.bits!r}, nearest {v.nearest!r}" for v in found)
+            ends = [f"nearest {v.nearest!r}" if v.nearest else "which runs at no widths: skip it" for v in found]
+            listed = "; ".join(f"'{v.site}' ({v.kind}) has {v.bits!r}, {end}" for v, end in zip(found, ends, strict=True))
             raise TargetError(f"target {self.name}: {len(found)} of {len(policy)} sites do not run there: {listed}")
 
     def restrict(self, trace: Trace, choices: Mapping[str, Sequence[Bits]]) -> dict[str, tuple[Bits, ...]]:
@@ -145,13 +167,22 @@ class Target(_Strict):
         Raises:
             TargetError: none of a site's choices runs.
         """
-        pins = {trace.first: self.pinned.first, trace.last: self.pinned.last}
-        return {site.name: self._restricted(site, tuple(choices[site.name]), pins.get(site.name)) for site in trace.sites}
+        pins = self._pins(trace)
+        kept = {site.name: self._restricted(site, tuple(choices[site.name]), pins.get(site.name)) for site in trace.sites}
+        if not (self.one_float_type and any(16 in bits for allowed in kept.values() for bits in allowed)):
+            return kept
+        # 32 bits are slower than 16, and both do not go into one network
+        return {name: tuple(bits for bits in allowed if 32 not in bits) or allowed for name, allowed in kept.items()}
 
-    def _restricted(self, site: Site, asked: tuple[Bits, ...], pin: tuple[int, int] | None) -> tuple[Bits, ...]:
+    def _pins(self, trace: Trace) -> dict[str, Bits]:
+        """Return the widths of the ends that have some of their own."""
+        ends = ((site, pin) for site, pin in ((trace.first, self.pinned.first), (trace.last, self.pinned.last)) if pin is not None)
+        return {site: self.nearest(trace[site], Bits(*pin)) for site, pin in ends}
+
+    def _restricted(self, site: Site, asked: tuple[Bits, ...], pin: Bits | None) -> tuple[Bits, ...]:
         allowed = self.legal(site)
         if pin is not None:
-            return (self.nearest(site, Bits(*pin)),)
+            return (pin,)
         kept = tuple(bits for bits in asked if bits in allowed)
         if not kept and len(asked) == 1:
             return (self.nearest(site, asked[0]),)
@@ -170,12 +201,12 @@ class Target(_Strict):
 
 @dataclass(frozen=True)
 class Violation:
-    """A site whose widths do not run on a target, and the nearest that do."""
+    """A site whose widths do not run on a target, and the nearest that do; None where none do."""
 
     site: str
     kind: str
     bits: Bits
-    nearest: Bits
+    nearest: Bits | None
 
 
 def kind_of(site: Site) -> LayerKind:
@@ -187,6 +218,10 @@ def kind_of(site: Site) -> LayerKind:
     if site.kind.startswith("conv"):
         return "depthwise" if site.groups > 1 and site.weight_shape[1] == 1 else "convolution"
     return "linear"
+
+
+def _nearest(allowed: Sequence[Bits], bits: Bits) -> Bits:
+    return min(allowed, key=lambda pair: (_distance(pair, bits), -pair.w, -pair.a))
 
 
 def _distance(pair: Bits, wanted: Bits) -> float:
