@@ -58,6 +58,8 @@ DRAWN = ("reinforce", "random")
 """Arms that compute one width a sample."""
 SEARCH_EPOCHS = 1.0
 STATIC = ("uniform", "sdq")
+ONE_POLICY = (*STATIC, "static")
+"""Arms of one policy for all inputs: the best of them is what adaptive bits are compared with."""
 
 
 def passes(arm: str) -> int:
@@ -161,7 +163,11 @@ class Judge:
         rows: dict[str, Any] = {}
         found: dict[str, Any] = {"rows": rows}
         for name in ("clean", "mixed", "held_out"):
-            split = Condition(name).split(self.base, self.mix, TEST_SEED)
+            split = (
+                MixedSplit(self.base, Mix(clean=1.0), TEST_SEED)
+                if name == "clean"
+                else Condition(name).split(self.base, self.mix, TEST_SEED)
+            )
             one = self.seen(split)
             rows[name] = self.row(one)
             if name != "mixed":
@@ -275,7 +281,7 @@ def summary_of(best: Sequence[dict[str, Any]], made_by: dict[str, str]) -> list[
     """Return each arm's gain over the best static one on the mixed test images, over seeds, and dqmq's trends."""
     arms = list(dict.fromkeys(record["arm"] for record in best))
     means = {arm: mean_interval([r["rows"]["mixed"]["top1"] for r in best if r["arm"] == arm]) for arm in arms}
-    rival = max((arm for arm in arms if arm in STATIC), key=lambda arm: means[arm]["mean"], default=None)
+    rival = max((arm for arm in arms if arm in ONE_POLICY), key=lambda arm: means[arm]["mean"], default=None)
     rows: list[dict[str, Any]] = []
     for arm in arms:
         own = [r for r in best if r["arm"] == arm]

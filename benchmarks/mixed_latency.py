@@ -5,7 +5,7 @@
 Networks: ``resnet18`` (224 pixels, latency only: no checkpoint), ``mobilenet_v2`` (224 pixels, 500 validation images), ``cifar_resnet20``
 (10,000 test images) and ``transformer`` (one block of width 768 at batch 1: one token and 128). A latency table is measured and fitted,
 budgets between the fastest and the bfloat16 engine are spent by exact allocation (what is least harmful by KL divergence becomes
-integers; without weights, what has fewest MACs), and all engines run in turns, single-threaded, batch 1. Ratios are over the bfloat16 engine,
+10,000 test images) and ``transformer`` (one block of width 768 at batch 1: one token, and 128). A latency table is measured and fitted,
 paired by round. Accuracy is of the exported engine itself, beside how often it answers as the float network does and, paired over
 images, how far it is from the INT8 engine. Adds rows to results/mixed-latency.csv.
 """
@@ -76,9 +76,7 @@ class Case:
         self.target: Target = get_target("openvino-x86")
         self.trace: Trace = trace(model, example)
         weights, inputs = (4, 8, 16) if name.startswith("transformer") else (8, 16), (8, 16)
-        self.choices = self.target.restrict(
-            self.trace, build_choices(self.trace, weights, inputs, pin_first="free", pin_last="free")
-        )
+        self.choices = self.target.restrict(self.trace, build_choices(self.trace, weights, inputs, pin_first="free", pin_last="free"))
 
     def uniform(self, bits: Bits) -> Policy:
         """Return the policy of one pair of widths, and of 16 bits where a site does not run it."""
@@ -152,7 +150,9 @@ def race(stopwatch: Stopwatch, policies: dict[str, Policy], rounds: int) -> dict
 
 def rows_of(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure a case and return a row an engine."""
-    table = measure_table(case.model, case.trace, case.example, case.target, case.choices, policies=arguments.policies, judged=arguments.judge)
+    table = measure_table(
+        case.model, case.trace, case.example, case.target, case.choices, policies=arguments.policies, judged=arguments.judge
+    )
     policies = {"float32": case.uniform(Bits(32, 32)), "bf16": case.uniform(Bits(16, 16)), "int8": case.uniform(Bits(8, 8))}
     if case.name.startswith("transformer"):
         policies |= {"bf16 by int8": case.uniform(Bits(8, 16)), "bf16 by int4": case.uniform(Bits(4, 16))}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bitwright import runs
-from bitwright.adaptive.files import space_of
+from bitwright.adaptive.files import check_budget
 from bitwright.adaptive.session import Normalised, load_bank
 from bitwright.adaptive.stages import NEEDS as ADAPTIVE_NEEDS
 from bitwright.adaptive.stages import adaptive_stage, bank_stage, evaluate_adaptive
@@ -105,7 +105,7 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
         todo.append("report")  # what it shows is about to change
     if "adaptive" in todo:
         check_trainable(job.recipe)
-        space_of(job)  # a budget that cannot be kept is an error before anything is trained
+        check_budget(job)  # a budget that cannot be kept is an error before anything is trained
     elif "float" in todo or "search" in todo:
         check_trainable(job.recipe)
         job.problem_of(job.untrained).check()
@@ -319,6 +319,8 @@ def evaluate_under(job: Job, conditions: Sequence[str], seeds: Sequence[int] = (
         DataError: an unknown condition, before anything is run.
     """
     parse_conditions(conditions)
+    if (job.recipe.adaptive or {}).get("actor") == "severity":
+        raise RecipeError("evaluate --conditions: an actor of true severities is told them by its data set alone; leave --conditions out")
     run_stages(job, ["evaluate"])
     with threads(job.recipe.threads):
         _evaluate(job, conditions, seeds)

@@ -22,7 +22,7 @@ class Progress:
     def __call__(self, stage: str, row: Mapping[str, Any]) -> None:
         """Show a row; rows that come too fast are left out, the last of a stage never is."""
         final = (
-            any(name in row for name in ("status", "waiting", "left out"))
+            any(name in row for name in ("status", "waiting", "left out", "alarm"))
             or ("policy" in row and "top1" in row)
             or row.get("epoch") == row.get("epochs", -1)
         )
@@ -56,7 +56,8 @@ def text_of(row: Mapping[str, Any]) -> str:
         return f"{row['policy']}: {100 * row['top1']:.2f} %"
     if "epoch" in row:
         accuracy = f"  selection {100 * row['selection']:.2f} %" if "selection" in row else ""
-        return f"epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}{accuracy}"
+        alarm = f"  ! {row['alarm']}" if "alarm" in row else ""
+        return f"epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}{accuracy}{alarm}"
     note = row.get("note") or {}
     loss = f"  loss {row['loss']:.4f}" if isinstance(row.get("loss"), float) and row["loss"] == row["loss"] else ""
     loss = loss or (f"  training loss {note['loss']:.4f}" if "loss" in note else "")

@@ -16,7 +16,7 @@ from bitwright.adaptive import files, stages
 from bitwright.cli import main
 from bitwright.errors import BitwrightError, BudgetError, RecipeError, RunError
 from bitwright.job import Job
-from bitwright.pipeline import run, run_stages
+from bitwright.pipeline import evaluate_under, run, run_stages
 from bitwright.recipe import bundled_recipes, load_recipe
 from bitwright.report import render
 
@@ -181,3 +181,36 @@ def test_bundled_recipes_load() -> None:
     for name in found:
         recipe = load_recipe(name)
         assert load_recipe(recipe.to_dict()) == recipe
+
+
+def test_an_actor_that_is_told_the_severity_is_judged_on_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PROBE", 30)
+    job = Job.open(load_recipe("digits-dqmq", [*SHORT, "adaptive.actor=severity", "export=null"]), tmp_path / "run")
+    run_stages(job)
+    record = json.loads((tmp_path / "run" / "adaptive.json").read_text())
+    bits = {level: row["bits"] for level, row in record["corruptions"]["contrast"]["severities"].items()}
+    assert bits["2"] == bits["1"]  # nobody trained on 2 and 4: the nearest milder one that somebody did
+    assert bits["4"] == bits["3"]
+    with pytest.raises(RecipeError, match="an actor of true severities is told them by its data set alone"):
+        evaluate_under(job, ["clean"])
+
+
+@pytest.mark.parametrize("changed", ["limit", "network"])
+def test_an_actor_of_other_weights_or_another_budget_is_refused(finished: Path, tmp_path: Path, changed: str) -> None:
+    tree = runs.load_tree(finished / "actor.safetensors")
+    tree["identity"][changed] = 7 if changed == "limit" else "0" * 64
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    runs.save_tree(copy / "actor.safetensors", tree)
+    with pytest.raises(RunError, match=f"does not match the network; they differ in actor.{changed}"):
+        files.restored(Job.open(load_recipe(copy / "recipe.yaml"), copy))
+    runs.save_tree(copy / "actor.safetensors", {"identity": tree["identity"]})
+    with pytest.raises(RunError, match="it holds no actor"):
+        files.restored(Job.open(load_recipe(copy / "recipe.yaml"), copy))
+
+
+def test_the_actor_is_part_of_what_a_budget_must_reach(tmp_path: Path) -> None:
+    job = Job.open(load_recipe("digits-dqmq", ["search.budgets=[bitops<=1.1M]"]), tmp_path / "run")
+    files.space_of(job)  # the narrowest widths alone would fit
+    with pytest.raises(BudgetError, match=r"the narrowest widths take .* and the actor .*; give narrower widths"):
+        run_stages(job)
+    assert not (tmp_path / "run" / "float.safetensors").exists()

@@ -159,3 +159,15 @@ def test_conditions_that_are_none(text, message):
 def test_nothing_held_out_cannot_be_asked_for():
     with pytest.raises(DataError, match=r"holds out no corruption; name some in data\.quality\.held_out"):
         Mix(held_out=()).held()
+
+
+def test_clean_images_out_of_range_and_broken_shares_are_named() -> None:
+    split = MixedSplit(TensorSplit(torch.full((2, 1, 8, 8), 200.0), torch.zeros(2, dtype=torch.int64)), Mix(clean=1.0), seed=0)
+    with pytest.raises(DataError, match="image 0 has the value 200; give pixels in 0 … 1"):
+        split.batch(torch.arange(2))
+    with pytest.raises(DataError, match=r"severity 3\.0"):
+        Mix({"contrast": 1}, {3.0: 1})  # type: ignore[dict-item]
+    with pytest.raises(DataError, match="give at least one, each with a share above 0"):
+        Mix({"contrast": "x"}, {3: 1})  # type: ignore[dict-item]
+    with pytest.raises(DataError, match=r"severity 3\.0"):
+        corrupt(torch.zeros(1, 1, 8, 8), "contrast", 3.0, seeds=[0])  # type: ignore[arg-type]

@@ -277,7 +277,7 @@ def test_a_policy_that_the_layers_do_not_run_at_is_refused_at_export_and_in_a_fi
 
     model, x, policy = deployed("tiny", [(8, 8)])
     for wrong, message in (
-        (Policy({site: (2, 2) for site in policy}), "the policy says W2A2 for"),
+        (Policy(dict.fromkeys(policy, (2, 2))), "the policy says W2A2 for"),
         (Policy({**policy, "zzz": (2, 2)}), "'zzz', which is no quantized layer"),
     ):
         with pytest.raises(ExportError, match=message):

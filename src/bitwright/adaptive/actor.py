@@ -328,13 +328,18 @@ class Controller(Actor):
 
 
 class Table(Actor):
-    """One learned row of scores for all inputs, or one for each true condition; nothing is read."""
+    """One learned row of scores for all inputs, or one for each true condition; nothing is read.
+
+    A condition that no training image had takes the row of the nearest that one had, of two equally near the milder.
+    """
 
     reads = False
+    met: Tensor
 
     def __init__(self, sites: int, outputs: int, conditions: int = 1, *, learned: bool = True):
         super().__init__(sites, outputs)
         self.scores_of = nn.Parameter(torch.zeros(conditions, sites, outputs), requires_grad=learned)
+        self.register_buffer("met", torch.zeros(conditions if conditions > 1 else 0))
 
     def scores(self, site: int, x: Tensor, seen: Tensor | None, condition: Tensor | None) -> Tensor:
         """Return the row of each sample's condition."""
@@ -342,7 +347,12 @@ class Table(Actor):
             return self.scores_of[:, site].expand(len(x), -1)
         if condition is None:
             raise BitwrightError("an actor of true severities needs the severity of each image; evaluate it on a mixed-quality data set")
-        return self.scores_of[condition, site]
+        if self.training:
+            self.met.index_fill_(0, condition, 1.0)
+            return self.scores_of[condition, site]
+        places = torch.arange(len(self.met), device=x.device)
+        far = (places[:, None] - places).abs() + len(places) * (self.met == 0)
+        return self.scores_of[far.argmin(1)[condition], site]
 
 
 def build_actor(
@@ -370,7 +380,7 @@ def build_actor(
         wanted = wanted.smaller()
     assert actor is not None
     found = f"the smallest one takes {actor.macs:,} MACs an image and the network {network_macs:,}"
-    raise BitwrightError(f"actor: may take {SHARE:.1%} of the network's work; {found}; use a larger network, or adaptive.actor.kind=static")
+    raise BitwrightError(f"actor: may take {SHARE:.1%} of the network's work; {found}; use a larger network, or adaptive.actor=static")
 
 
 def _actor(options: ActorOptions, inputs: Sequence[SiteInput], image: tuple[int, ...], choices: int, conditions: int) -> Actor:

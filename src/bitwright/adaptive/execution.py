@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +247,7 @@ class SwitchableNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    decays: ClassVar[bool] = False
 
     def __init__(self, norm: BatchNorm, count: int, site: int, layer: str, shared: Pass):
         super().__init__()

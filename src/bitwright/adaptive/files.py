@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright import runs
-from bitwright.adaptive.network import AdaptiveNet, Space, adapt
+from bitwright.adaptive.actor import WIDTH
+from bitwright.adaptive.network import AdaptiveNet, Space, actor_for, adapt
 from bitwright.adaptive.training import AdaptiveOptions
 from bitwright.costs import BitOps
 from bitwright.errors import BudgetError, RecipeError, RunError
 from bitwright.policy import Bits
+from bitwright.problem import digest
 from bitwright.recipe import Recipe, make_options
 
 if TYPE_CHECKING:
@@ -66,6 +68,19 @@ def space_of(job: Job) -> Space:
     return space
 
 
+def check_budget(job: Job) -> None:
+    """Raise `BudgetError` where the narrowest choices and the actor cost more than the budget, before anything is trained."""
+    space = space_of(job)
+    actor = actor_for(job.untrained, space, job.data.example(2), options_of(job.recipe).actor_options())
+    own = actor.macs * WIDTH.w * WIDTH.a
+    least = space.fixed + int(space.terms[:, 0].sum()) + own
+    if least > space.limit:
+        show = BitOps().show
+        found = f"the narrowest widths take {show(least - own, space.sites)} and the actor {show(own, space.sites)}"
+        ask = "give narrower widths, a larger budget, or a smaller actor (adaptive.quality, project, hidden, looks)"
+        raise BudgetError(f"budget '{job.budgets[0].text}': allows {show(space.limit, space.sites)}; {found}; {ask}")
+
+
 def build(job: Job) -> AdaptiveNet:
     """Return the recipe's adaptive network as it is before training."""
     options = options_of(job.recipe)
@@ -92,6 +107,8 @@ def identity(net: AdaptiveNet) -> dict[str, Any]:
         "relaxation": net.relaxation,
         "sites": list(net.space.names),
         "choices": [list(bits) for bits in net.space.choices],
+        "limit": net.space.limit,
+        "network": digest(net.network),
         "shapes": {name: list(value.shape) for name, value in net.actor.state_dict().items()},
     }
 
@@ -105,7 +122,7 @@ def load_actor(net: AdaptiveNet, path: Path) -> None:
     """Read an actor's file into a network; raises `RunError` if it was trained for another one."""
     tree = runs.load_tree(path)
     own = identity(net)
-    found = tree.get("identity") if isinstance(tree, Mapping) else None
+    found = tree.get("identity") if isinstance(tree, Mapping) and "state" in tree else None
     if found != own:
         what = "it holds no actor" if not isinstance(found, Mapping) else f"they differ in {runs.difference('actor', found, own)}"
         raise RunError(f"{path}: does not match the network; {what}; give the actor that was trained with it, or train again")

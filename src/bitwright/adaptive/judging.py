@@ -98,12 +98,12 @@ def judge(net: AdaptiveNet, test: Split, mix: Mix, *, images: int, seed: int = T
     whole = ["clean", "mixed", *(["held_out"] if mix.held_out else [])]
     result: dict[str, Any] = {"conditions": {}}
     for name in whole:
-        seen = look(net, Condition(name).split(base, mix, seed))
+        seen = look(net, _under(Condition(name), base, mix, seed))
         result["conditions"][name] = describe(net, seen)
         if name == "mixed":
             result["mixed"] = _mixed(net, base, mix, seed, seen)
     few = base.take(images)
-    clean = look(net, MixedSplit(few, Mix(clean=1.0), seed))
+    clean = look(net, _under(Condition("clean"), few, mix, seed))
     result["conditions"]["clean, fewer images"] = describe(net, clean)
     result["corruptions"] = {}
     for name in (*mix.corruptions, *(mix.held_out or ())):
@@ -113,6 +113,11 @@ def judge(net: AdaptiveNet, test: Split, mix: Mix, *, images: int, seed: int = T
         result["corruptions"][name] = {"held_out": name in (mix.held_out or ()), "severities": rows, "spearman": trend}
     result["sites"] = list(net.space.names)
     return result
+
+
+def _under(condition: Condition, base: Split, mix: Mix, seed: int) -> Split:
+    """Return images under a condition; of clean ones, too, it is known how good they are."""
+    return MixedSplit(base, Mix(clean=1.0), seed) if condition.name == "clean" else condition.split(base, mix, seed)
 
 
 def _mixed(net: AdaptiveNet, base: Split, mix: Mix, seed: int, seen: Seen) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def stream(net: AdaptiveNet, test: Split, mix: Mix, *, images: int, seed: int = 
     correct, bits, rows = [], [], []
     for k, (name, severity) in enumerate(plan):
         part = base.subset(torch.arange(k * each, (k + 1) * each) % len(base))
-        seen = look(net, part if severity == 0 else Condition(name, severity).split(part, mix, seed + k))
+        seen = look(net, _under(Condition(name, severity or None), part, mix, seed + k))
         correct.append(seen.correct)
         bits.append(mean_bits(net, seen.index))
         rows.append({"condition": name, "severity": severity, **describe(net, seen)})

@@ -350,13 +350,18 @@ def adapt(
     for path, norm in links.items():
         bn = cast(BatchNorm, network.get_submodule(norm))
         replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared))
-    inputs = _site_inputs(model, space, images[:2])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        actor = build_actor(options, inputs, tuple(images.shape[1:]), len(space.choices), space.macs, conditions).to(images.device)
+    actor = actor_for(model, space, images, options, conditions=conditions, seed=seed).to(images.device)
     net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions).to(images.device)
     net.observe(images)
     return net
+
+
+def actor_for(model: nn.Module, space: Space, images: Tensor, options: ActorOptions, *, conditions: int = 6, seed: int = 0) -> Actor:
+    """Return an untrained actor for a network; raises `BitwrightError` if it would take too much of its work, see `adapt`."""
+    inputs = _site_inputs(model, space, images[:2])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_actor(options, inputs, tuple(images.shape[1:]), len(space.choices), space.macs, conditions)
 
 
 def _gates(space: Space, name: str) -> LayerGates:

@@ -101,10 +101,10 @@ def bank_stage(job: Job) -> dict[str, Any]:
     """Turn the network into a bank of static members and a router; write export/bank.json and its weights, checked."""
     section = job.recipe.export or ExportSection(to="bank")
     options = make_options(BankOptions, section.options, "export.options")
-    net = files.restored(job)
+    net = files.restored(job).cpu()  # what is written runs on a CPU, and is tried there
     bank = build_bank(net, job.data.fit, options, seed=job.recipe.seed)
     folder = job.run.inside("export", "bank.json").parent
-    size = save_bank(bank, folder, job.data.example(8), reference=job.reference)
+    size = save_bank(bank, folder, job.data.example(8).cpu(), reference=job.reference)
     facts = {**try_bank(bank, net, job.data.test, threads=job.recipe.threads), "to": "bank", "bytes": size}
     _write(job, "export/export.json", facts)
     write_text_atomic(job.run.inside("bank.json"), (folder / "bank.json").read_text("utf-8"))

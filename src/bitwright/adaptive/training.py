@@ -41,12 +41,10 @@ from bitwright.training.finetune import (
 )
 
 CHECKPOINT = "checkpoint/adaptive.safetensors"
-NOISE_FALLS = 0.3
-"""Share of training, before its final part, in which the actor's noise falls from 1 to 0."""
 PULL = 1.0
 """How much of the present excess over the budget is added to its integral in λ."""
-UNUSED = ("ema", "bins", "mixup")
-"""Options of fine-tuning that an adaptive training does not know; they must be 0."""
+UNUSED = ("ema", "bins", "mixup", "stop_at")
+"""Options of fine-tuning that an adaptive training does not know; they must be 0, or left out."""
 ALIKE = 0.99
 """An actor whose decisions agree this much across samples decides the same for all."""
 
@@ -65,7 +63,9 @@ class AdaptiveOptions:
         looks: values of a layer's input that it looks at.
         actor_lr: learning rate of the actor (Adam), along a cosine.
         warmup: share of training with widths drawn evenly, so that the weights learn to live with all of them.
-        final: share of training at the end with the lowest temperature, no noise and a fixed λ.
+        quiet: share of training after which the actor draws no more: between the warm-up and then its noise falls to none, so that the
+            weights learn from decisions as they will be deployed while their learning rate is still high.
+        final: share of training at the end with the lowest temperature and a fixed λ.
         hot: temperature of the relaxation at the start.
         cold: temperature at the end; it falls exponentially in between.
         interpolate: share of training in which the ``gaussian`` relaxation mixes the outputs of two widths.
@@ -73,7 +73,8 @@ class AdaptiveOptions:
             is wrong.
         baseline: decay of the running mean that ``reinforce`` compares losses with.
         patience: how fast λ reacts: at 1, an excess of a tenth of what decisions can move, kept for all of training, raises λ by 1.
-        calibration: training images that step sizes, statistics and the actor's price are taken from.
+        calibration: training images that step sizes and statistics are taken from.
+        settle: training images that the actor's price is set on at the end; of more, the mean is known better and less is left unspent.
     """
 
     actor: Kind = "layerwise"
@@ -85,6 +86,7 @@ class AdaptiveOptions:
     looks: int = 1024
     actor_lr: float = 0.01
     warmup: float = 0.1
+    quiet: float = 0.5
     final: float = 0.2
     hot: float = 5.0
     cold: float = 0.5
@@ -93,16 +95,23 @@ class AdaptiveOptions:
     baseline: float = 0.95
     patience: float = 1.0
     calibration: int = 512
+    settle: int = 2000
 
     def __post_init__(self) -> None:
         self.actor_options()
         if self.estimator not in ("pathwise", "reinforce"):
             raise TrainingError(f"adaptive option estimator='{self.estimator}' is unknown; use pathwise or reinforce")
-        shares = (self.warmup, self.final, self.interpolate, self.baseline)
+        shares = (self.warmup, self.quiet, self.final, self.interpolate, self.baseline)
         if not all(0 <= share < 1 for share in shares) or self.warmup + self.final >= 1:
-            raise TrainingError("adaptive options warmup, final, interpolate and baseline must be in [0, 1), and warmup + final below 1")
-        if min(self.hot, self.cold, self.patience, self.actor_lr, self.trust) <= 0 or self.calibration < 2:
-            raise TrainingError("adaptive options hot, cold, patience, trust and actor_lr must be above 0, and calibration at least 2")
+            raise TrainingError("adaptive options warmup, quiet, final, interpolate and baseline are in [0, 1), and warmup + final below 1")
+        if self.quiet < self.warmup:
+            raise TrainingError(
+                f"adaptive option quiet={self.quiet} is below warmup={self.warmup}: in the warm-up all is drawn; raise quiet"
+            )
+        if min(self.hot, self.cold, self.patience, self.actor_lr, self.trust) <= 0 or min(self.calibration, self.settle) < 2:
+            raise TrainingError(
+                "adaptive options hot, cold, patience, trust and actor_lr must be above 0, calibration and settle at least 2"
+            )
 
     def actor_options(self) -> ActorOptions:
         """Return what the actor is built from."""
@@ -118,14 +127,14 @@ class AdaptiveOptions:
         return self.hot * math.exp(math.log(self.cold / self.hot) * min(1.0, max(0.0, joint)))
 
     def noise(self, share: float) -> float:
-        """Return the factor on the noise at a share of training: at the end the network trains on what it will deploy.
+        """Return the factor on the noise at a share of training.
 
-        >>> [round(AdaptiveOptions().noise(share), 2) for share in (0.2, 0.65, 0.9)]
-        [1.0, 0.5, 0.0]
+        >>> [round(AdaptiveOptions().noise(share), 2) for share in (0.05, 0.3, 0.5, 0.9)]
+        [1.0, 0.5, 0.0, 0.0]
         """
-        if self.estimator == "reinforce" or self.actor == "random":
+        if self.estimator == "reinforce" or self.actor == "random" or share < self.warmup:
             return 1.0
-        return min(1.0, max(0.0, (1 - self.final - share) / NOISE_FALLS))
+        return max(0.0, (self.quiet - share) / max(1e-9, self.quiet - self.warmup))
 
 
 @dataclass
@@ -168,7 +177,7 @@ def train_adaptive(
         data: training images of the stated mix.
         held_out: other images of that mix, on which the promise is checked; they choose nothing.
         options: how the actor is trained.
-        training: how the weights are trained; ``ema``, ``bins`` and ``mixup`` must be 0, and weight decay does not depend on widths.
+        training: how the weights are trained; `UNUSED` options must be 0 or left out, and weight decay does not depend on widths.
         out: directory for checkpoints; a checkpoint found there is resumed, bit for bit on a CPU.
         log: called with each epoch's row.
         seed: of order, augmentation and draws.
@@ -179,14 +188,14 @@ def train_adaptive(
     """
     for name in UNUSED:
         if getattr(training, name):
-            raise TrainingError(f"adaptive training knows no {name}; set finetune.{name}=0")
+            raise TrainingError(f"adaptive training knows no {name}; leave finetune.{name} out")
     trainer = _Trainer(net, data, options, training, seed, out)
     with torch.random.fork_rng(devices=[]):
         trainer.run(log)
         bad = next((name for name, value in net.state_dict().items() if not bool(torch.isfinite(value).all())), None)
         if bad is not None:
             raise TrainingError(f"after the last step '{bad}' holds values that are not finite; lower finetune.lr or check the data")
-        settle_price(net, data.take(max(2, options.calibration)))
+        settle_price(net, data.take(options.settle))
         promise = check(net, held_out, seed=seed)
     set_memory_order(net.eval(), channels_last=False)
     progress = trainer.progress
@@ -328,6 +337,7 @@ class _Trainer:
         if warm or not self.actor_optimizer:
             return
         if fixed:
+            progress.strength = progress.integral  # without the part that follows the last few steps
             if progress.step % max(1, self.steps // 200) == 0:
                 self.net.actor.price += 0.2 * (progress.mean_cost - 1) / self.net.span
             return
@@ -365,7 +375,8 @@ class _Trainer:
 
     def _identity(self) -> dict[str, Any]:
         kept = {k: v for k, v in asdict(self.training).items() if k not in ("checkpoint_seconds", "compile")}
-        return {"training": kept, "adaptive": asdict(self.options), "seed": self.seed, "choices": list(map(list, self.net.space.choices))}
+        space = {"choices": list(map(list, self.net.space.choices)), "limit": self.net.space.limit}
+        return {"training": kept, "adaptive": asdict(self.options), "seed": self.seed, **space}
 
     def _save(self) -> None:
         assert self.out is not None

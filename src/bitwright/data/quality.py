@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bitwright.data.corruptions import CORRUPTIONS, SEVERITIES, check_corruption, corrupt
+from bitwright.data.corruptions import CORRUPTIONS, SEVERITIES, check_corruption, check_images, corrupt, is_severity
 from bitwright.data.sources import Data
 from bitwright.data.splits import Split, check_index
 from bitwright.errors import DataError, nearest
@@ -60,7 +60,7 @@ class Mix:
         assert self.held_out is not None
         for name in (*self.corruptions, *self.held_out):
             check_corruption(name, 1)
-        wrong = [severity for severity in self.severities if severity not in SEVERITIES]
+        wrong = [severity for severity in self.severities if not is_severity(severity)]
         if wrong:
             raise DataError(f"quality: severity {wrong[0]!r}; severities are the whole numbers 1 (mild) to 5")
         both = [name for name in self.held_out if name in self.corruptions]
@@ -69,7 +69,7 @@ class Mix:
         if not 0 <= self.clean <= 1:
             raise DataError(f"quality: clean is {self.clean}; give the share of images left as they are, 0 to 1")
         for what, shares in (("corruptions", self.corruptions), ("severities", self.severities)):
-            if not shares or not all(0 < share < float("inf") for share in shares.values()):
+            if not shares or not all(isinstance(share, (int, float)) and 0 < share < float("inf") for share in shares.values()):
                 raise DataError(f"quality: {what} are {dict(shares)}; give at least one, each with a share above 0")
 
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +184,7 @@ class MixedSplit(Split):
     def labelled(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Quality]:
         """Return images, labels and the quality of each."""
         pixels, y = self.base.pixels(index, generator)
+        check_images(pixels)
         quality = self.quality[index.cpu()] if generator is None else Quality.draw(self.mix, len(index), generator)
         return self.base.normalise(degrade(pixels, quality)), y, quality
 

@@ -286,7 +286,9 @@ def policy_gap(policy: Mapping[str, Bits], layers: Mapping[str, Bits]) -> str | 
         if site not in layers and min(bits) <= 8 and not any(layers[call] == bits for call in calls):
             return f"the policy says {bits!r} for '{site}', which is no quantized layer; {nearest(site, list(layers))}"
     given = set(policy.values())
-    return next((f"'{layer}' runs at {bits!r}, which the policy says of no site" for layer, bits in layers.items() if bits not in given), None)
+    return next(
+        (f"'{layer}' runs at {bits!r}, which the policy says of no site" for layer, bits in layers.items() if bits not in given), None
+    )
 
 
 def check_policy(policy: Mapping[str, Bits], layers: Mapping[str, Bits]) -> None:

@@ -103,7 +103,12 @@ def content_of_text(name: str, text: str, form: str = FORMAT) -> dict[str, Any]:
         content["policy"] = Policy.from_json(json.dumps(content["policy"]))
         layers = {str(layer): Bits(*bits) for layer, bits in content["layers"].items()}
         found = policy_gap(content["policy"], layers) or next(
-            (f"'{a}' is written at {Bits(*b)!r} and runs at {layers.get(a)!r}" for a, b, *_ in content["weights"] if layers.get(a) != Bits(*b)), None
+            (
+                f"'{a}' is written at {Bits(*b)!r} and runs at {layers.get(a)!r}"
+                for a, b, *_ in content["weights"]
+                if layers.get(a) != Bits(*b)
+            ),
+            None,
         )
     except (ValueError, KeyError, TypeError, AttributeError, PolicyError, RecursionError) as error:
         raise ExportError(f"{name}: its metadata do not parse ({type(error).__name__}); export it again") from None

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitwright.report import comparison
+from bitwright.report.adaptive import adaptive_alarms
 from bitwright.report.facts import Facts, alarms, read_facts
 from bitwright.report.quality import condition_rows, records_of
 from bitwright.report.table import HEADINGS, PolicyRow, policy_rows
@@ -77,4 +78,4 @@ def _notes(facts: Facts) -> list[str]:
         notes += [f"found: {text}" for text in facts.found["budgets"]]
     if facts.certificate and facts.certificate["safe"]:
         notes.append("safe to transfer from the proxy: " + "; ".join(facts.certificate["reasons"]))
-    return notes + [f"! {text}" for text in alarms(facts)]
+    return notes + [f"! {text}" for text in (*alarms(facts), *adaptive_alarms(facts))]

@@ -7,7 +7,7 @@ which tensors beside the layers' inputs must be on a grid (`bitwright.quant.poin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path

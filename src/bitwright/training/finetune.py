@@ -378,14 +378,14 @@ def build_loss(model: nn.Module, teacher: nn.Module | None, options: FinetuneOpt
 def build_optimizer(model: nn.Module, options: FinetuneOptions, *, without: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
     """Return the optimizer with its groups: weights by decay, step sizes at their own rate, the rest without decay.
 
-    Parameters in ``without`` are left out.
+    Normalisations of several widths, whose parameters are matrices, say ``decays = False``. Parameters in ``without`` are left out.
     """
     seen = {id(parameter) for parameter in without}
     owners = {id(layer.weight): layer.bits.w for _, layer in named_quant_layers(model)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            decay = options.weight_decay if parameter.dim() > 1 and name != "scale" else 0.0
+            decay = options.weight_decay if parameter.dim() > 1 and name != "scale" and getattr(module, "decays", True) else 0.0
             if options.low_bit_decay:
                 decay *= {1: 0.25, 2: 0.25, 3: 0.5}.get(owners.get(id(parameter), 32), 1.0)
             factor = options.scale_lr if name == "scale" else 1.0

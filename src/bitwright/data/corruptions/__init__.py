@@ -85,8 +85,17 @@ def check_corruption(name: str, severity: int) -> None:
     """Raise `DataError` unless there is a corruption of that name and severity."""
     if name not in FUNCTIONS:
         raise DataError(f"corruption: no corruption '{name}'; {nearest(str(name), CORRUPTIONS)}")
-    if isinstance(severity, bool) or severity not in SEVERITIES:
+    if not is_severity(severity):
         raise DataError(f"corruption: severity {severity!r} of {name}; severities are the whole numbers 1 (mild) to 5")
+
+
+def is_severity(value: object) -> bool:
+    """Return whether a value is a severity: a whole number from 1 to 5.
+
+    >>> is_severity(3), is_severity(6), is_severity(3.0), is_severity(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value in SEVERITIES
 
 
 def check_images(images: Tensor) -> None:
