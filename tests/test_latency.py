@@ -22,6 +22,7 @@ NET = nn.Sequential(
 )
 TRACE = trace(NET, torch.zeros(1, 3, 8, 8))
 CLASSES = {site.name: {Bits(8, 8): "int8", Bits(4, 8): "int8", Bits(16, 16): "bf16"} for site in TRACE.sites}
+MACS = {site.name: site.macs for site in TRACE.sites}
 TRUE = {site.name: {"int8": 1000 + site.macs, "bf16": 2000 + 3 * site.macs} for site in TRACE.sites}
 
 
@@ -37,7 +38,7 @@ def table(count=24, judged=20, noise=0.01):
     timings += [timing(random_policy(CLASSES, rng), noise=noise, rng=rng) for _ in range(count + judged)]
     base, border, terms = fit(TRACE.sites, CLASSES, timings[: len(timings) - judged])
     fitted, held = tuple(timings[: len(timings) - judged]), tuple(timings[len(timings) - judged :])
-    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, fitted, held, border, 1)
+    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, MACS, fitted, held, border, 1)
 
 
 def test_networks_that_nothing_was_fitted_on_are_predicted():
@@ -62,7 +63,10 @@ def test_a_table_is_a_cost_of_integers_and_a_promise():
     assert problem.feasible(problem.cheapest())
     assert not problem.feasible(Policy((site.name, Bits(16, 16)) for site in TRACE.sites))
     percent = parse_budget("latency<=50%", TRACE.sites, pins={}, costs=(made,))
-    assert percent.limit == sum(max(made.terms[site.name].values()) for site in TRACE.sites) // 2
+    assert percent.limit == (made.fixed + sum(max(made.terms[site.name].values()) for site in TRACE.sites)) // 2
+    slowest = Policy((site.name, Bits(16, 16)) for site in TRACE.sites)
+    whole = parse_budget("latency<=100%", TRACE.sites, pins={}, costs=(made,))
+    assert Problem(NET, TRACE, choices, whole, evaluate=lambda policy: 0.0).feasible(slowest)
 
 
 def test_a_table_is_kept_with_units_runs_spread_and_machine(tmp_path):
@@ -94,6 +98,12 @@ def test_sites_and_widths_that_a_table_does_not_know_are_errors():
     made = table(noise=0.0)
     with pytest.raises(BudgetError, match="does not run '0' at W2A2; give --target"):
         made(TRACE.sites[0], Bits(2, 2))
+    with pytest.raises(BudgetError, match="was not measured with '0' at W4A4; measure again with these widths"):
+        made.predict(Policy((site.name, Bits(4, 4)) for site in TRACE.sites))
+    larger = trace(NET, torch.zeros(1, 3, 16, 16))
+    with pytest.raises(BudgetError, match="it is of another network or input size"):
+        made.check(larger.sites)
+    made.check(TRACE.sites)
     other = trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4)).sites[0]
     made.terms.pop("0")
     with pytest.raises(BudgetError, match="the table has no site '0'; measure this network"):

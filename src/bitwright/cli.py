@@ -154,6 +154,8 @@ def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
 def export_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write a run's network to a deployable file and check what was written."""
     if arguments.check:
+        if arguments.to is not None or arguments.file is not None or arguments.option:
+            raise UsageError("export --check: writes nothing, so --to, --file and --option have no meaning; leave them out")
         return check_policy(_existing(arguments), arguments.deploy, _read_policy(arguments.policy))
     if arguments.policy is not None or arguments.deploy is not None:
         raise UsageError("export --target and --policy: they go with --check; the run's own target and policy are exported")
@@ -206,6 +208,12 @@ def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
+    ignored = {"--sensitivity": arguments.sensitivity, "--check-additivity": arguments.check_additivity, "--shape": arguments.shape}
+    for flag, value in ignored.items():
+        if value:
+            raise UsageError(
+                f"profile --measure: measures latency, and {flag} has no meaning for it; leave it out, or give --measure METHOD"
+            )
     with tempfile.TemporaryDirectory() as scratch:
         known = arguments.target is not None and Path(arguments.target).is_dir()
         if not known and arguments.save is None:

@@ -96,6 +96,10 @@ def measure_latency(job: Job, save: str | None, policies: int | None, judged: in
     def log(text: str) -> None:
         job.log("latency", {"status": text})
 
+    if judged < 0 or (policies is not None and policies < 1):
+        raise TargetError(
+            f"profile --measure: --policies {policies} --judge {judged}; give at least 1 policy to fit on, and 0 or more to judge"
+        )
     example = job.data.example(2)
     table = measure_table(job.untrained, job.trace, example, job.target, job.choices, policies=policies, judged=judged, log=log)
     file = Path(save) if save is not None else job.run.path / LATENCY
@@ -118,7 +122,7 @@ def describe_errors(errors: list[float]) -> str:
 
 def measured_latency(job: Job) -> dict[str, Any]:
     """Return what a run's policy is predicted to take beside what it takes; nothing where there is no table or no runtime."""
-    if job.target is None or job.target.latency is None or not job.has_latency:
+    if job.target is None or job.target.latency is None or not job.has_latency or not job.latency.covers(job.policy):
         return {}
     from bitwright.timing import Stopwatch  # noqa: PLC0415  (needs the extras of the runtimes)
 

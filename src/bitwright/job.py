@@ -193,6 +193,7 @@ class Job:
             raise BudgetError(
                 f"latency: {file} is of {table.target}, and the recipe's target is {latency.named(self.target)}; measure again"
             )
+        table.check(self.trace.sites)
         return table
 
     @property

@@ -80,6 +80,7 @@ class Table(Cost):
         base: nanoseconds of what no site is charged for.
         terms: nanoseconds by site and class.
         classes: by site, the class of every pair of widths.
+        macs: by site, multiply-accumulates of a sample: whether it is of this network at this input size.
         fitted: the timings that the terms are fitted on.
         judged: timings beside predictions of policies that nothing was fitted on.
         border: nanoseconds of a change of class between two sites that run one after the other.
@@ -95,6 +96,7 @@ class Table(Cost):
     base: int
     terms: Mapping[str, Mapping[str, int]] = field(hash=False)
     classes: Mapping[str, Mapping[Bits, str]] = field(hash=False)
+    macs: Mapping[str, int] = field(hash=False)
     fitted: tuple[Timing, ...] = field(default=(), hash=False)
     judged: tuple[Timing, ...] = field(default=(), hash=False)
     border: int = 0
@@ -118,11 +120,26 @@ class Table(Cost):
         return self.terms[site.name][self.classes[site.name][bits]]
 
     def in_float(self, sites: Sequence[Site]) -> int:  # type: ignore[override]
-        """Return the slowest that the sites can be: the whole of a budget in percent."""
-        return sum(max(self.terms[site.name].values()) for site in sites)
+        """Return the slowest that the network can be: the whole of a budget in percent."""
+        return self.fixed + sum(max(self.terms[site.name].values()) for site in sites)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise `BudgetError` unless the table is of these sites at these sizes."""
+        for site in sites:
+            if self.macs.get(site.name) != site.macs:
+                found = f"{self.macs[site.name]:,}" if site.name in self.macs else "no"
+                ask = "it is of another network or input size; measure again"
+                raise BudgetError(f"latency: the table has {found} MACs for site '{site.name}', which has {site.macs:,} here; {ask}")
+
+    def covers(self, policy: Mapping[str, Bits]) -> bool:
+        """Return whether all of a policy's widths were measured."""
+        return all(bits in self.classes.get(name, ()) for name, bits in policy.items())
 
     def predict(self, policy: Mapping[str, Bits]) -> int:
-        """Return the nanoseconds of a whole network with the borders that it has."""
+        """Return the nanoseconds of a whole network with the borders that it has; raises `BudgetError` for widths not in the table."""
+        if not self.covers(policy):
+            name = next(name for name, bits in policy.items() if bits not in self.classes.get(name, ()))
+            raise BudgetError(f"latency: {self.target} was not measured with '{name}' at {policy[name]!r}; measure again with these widths")
         terms = sum(self.terms[name][self.classes[name][bits]] for name, bits in policy.items())
         return self.base + terms + self.border * count_borders(self.classes, policy)
 
@@ -139,7 +156,7 @@ class Table(Cost):
         judged = {"median_error": float(np.median(errors)), "worst_error": max(errors), "policies": len(errors)} if errors else None
         terms = {name: dict(known) for name, known in self.terms.items()}
         timings = {"fitted": [t.to_dict() for t in self.fitted], "judged": [t.to_dict() for t in self.judged]}
-        facts |= {"base": self.base, "border": self.border, "borders": self.borders}
+        facts |= {"base": self.base, "border": self.border, "borders": self.borders, "macs": dict(self.macs)}
         return {**facts, "terms": terms, "classes": classes, "prediction": judged, **timings}
 
     def save(self, path: str | Path) -> None:
@@ -159,7 +176,8 @@ class Table(Cost):
             terms = {name: {str(kind): int(ns) for kind, ns in known.items()} for name, known in data["terms"].items()}
             fitted, judged = (tuple(_timing(entry) for entry in data[part]) for part in ("fitted", "judged"))
             borders = int(data["border"]), int(data["borders"])
-            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, fitted, judged, *borders)
+            macs = {str(name): int(count) for name, count in data["macs"].items()}
+            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, macs, fitted, judged, *borders)
         except OSError as error:
             ask = "measure one: bitwright profile --target NAME --measure"
             raise BudgetError(f"latency: no table in {path} ({error.strerror}); {ask}") from None
@@ -236,7 +254,8 @@ def measure_table(
     fitted, held = timings[: len(timings) - judged], timings[len(timings) - judged :]
     base, border, terms = fit(trace.sites, classes, fitted)
     usual = round(sum(count_borders(classes, timing.policy) for timing in fitted) / len(fitted))
-    return Table(named(target), fingerprint(target.latency), base, terms, classes, tuple(fitted), tuple(held), border, usual)
+    macs = {site.name: site.macs for site in trace.sites}
+    return Table(named(target), fingerprint(target.latency), base, terms, classes, macs, tuple(fitted), tuple(held), border, usual)
 
 
 def named(target: Target) -> str:

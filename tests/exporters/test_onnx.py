@@ -305,3 +305,19 @@ def test_a_file_of_another_ending_is_refused(tmp_path):
     model, x, policy = deployed("tiny", [(8, 8)])
     with pytest.raises(ExportError, match=r"a file of onnx ends in .onnx; name it m.onnx"):
         export(model, "onnx", tmp_path / "m.bin", example=x, policy=policy)
+
+
+def test_a_last_layer_that_computes_something_else_is_refused_whatever_the_width_of_the_grids(tmp_path):
+    from bitwright.exporters.onnx import Onnx
+
+    model, x, policy = deployed("tiny", [(8, 2)])  # a bound of two steps of 2 bits is two thirds of the output
+    export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
+
+    def shift(model):
+        weight = max((t for t in model.graph.initializer if t.name.endswith("weight_scale")), key=lambda t: t.name)
+        values = onnx.numpy_helper.to_array(weight) * 1.1
+        weight.CopyFrom(onnx.numpy_helper.from_array(values.astype("float32"), weight.name))
+
+    changed = _resigned(tmp_path / "m.onnx", tmp_path / "changed.onnx", shift)
+    with pytest.raises(ExportError, match=r"given the network's own codes, its outputs differ by .* and 1 % is allowed"):
+        Onnx().check(Source(_plain_copy(model), x, policy, None), changed)

@@ -86,6 +86,13 @@ def test_what_is_written_has_the_documented_keys_and_the_networks_scales(graph):
     }
 
 
+def test_an_encoding_of_a_tensor_that_is_not_there_is_refused(graph):
+    _, subject = convolutional()
+    entries = [{**entry, "name": entry["name"] + "b"} for entry in DOCUMENTED["activation_encodings"]]
+    with pytest.raises(PolicyError, match="which is no tensor of the graph; give its own graph"):
+        understand(json.dumps({**DOCUMENTED, "activation_encodings": entries}), "aimet", subject, graph=graph)
+
+
 def test_without_quantized_inputs_no_graph_is_needed():
     policy, subject = quantized(((4, 32), (32, 32), (2, 32)))
     data = json.loads(translate(policy, "aimet", subject))

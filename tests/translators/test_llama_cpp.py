@@ -15,7 +15,7 @@ from bitwright.translators import Subject, translate
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q_proj, self.o_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.q_proj, self.o_proj = nn.Linear(256, 256), nn.Linear(256, 256)
 
     def forward(self, x):
         return self.o_proj(self.q_proj(x))
@@ -38,14 +38,14 @@ class Language(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.layers = nn.Sequential(*(Block(name) for _ in range(blocks)))
-        self.lm_head = nn.Linear(8, 20, bias=False)
+        self.lm_head = nn.Linear(256, 20, bias=False)
 
     def forward(self, x):
         return self.lm_head(self.model.layers(x))
 
 
 def subject_of(net):
-    return Subject(trace(net, torch.zeros(1, 3, 8)).sites)
+    return Subject(trace(net, torch.zeros(1, 3, 256)).sites)
 
 
 def test_each_tensor_gets_its_type_and_no_other_tensor_does():
@@ -72,7 +72,7 @@ def test_types_are_known_to_gguf():
 
 def test_its_own_names_need_no_mapping():
     net = nn.Sequential()
-    net.add_module("output", nn.Linear(8, 8))
+    net.add_module("output", nn.Linear(256, 8))
     assert translate(Policy({"output": (4, 32)}), "llama.cpp", subject_of(net)) == "^output\\.weight$=q4_0\n"
 
 
@@ -92,6 +92,22 @@ def test_messages():
     odd = subject_of(Language(1, "attention_of_mine"))
     with pytest.raises(PolicyError, match=r"has no tensor for 'model.layers.0.attention_of_mine.q_proj'; give --option architecture=NAME"):
         translate(Policy((site.name, Bits(4, 32)) for site in odd.sites), "llama.cpp", odd)
+
+
+@pytest.mark.parametrize(("columns", "width", "kind", "block"), [(896, 2, "q2_k", 256), (48, 4, "q4_0", 32), (896, 6, "q6_k", 256)])
+def test_rows_that_no_block_divides_are_refused_as_llama_quantize_would_take_another_type(columns, width, kind, block):
+    net = nn.Sequential()
+    net.add_module("output", nn.Linear(columns, 8))
+    subject = Subject(trace(net, torch.zeros(1, columns)).sites)
+    with pytest.raises(PolicyError, match=f"{kind} needs rows of a multiple of {block} weights, and these have {columns}"):
+        translate(Policy({"output": (width, 32)}), "llama.cpp", subject)
+
+
+def test_blocks_are_those_of_gguf():
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    from bitwright.translators.llama_cpp import BLOCKS
+
+    assert {kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]][0] for kind in BLOCKS} == BLOCKS
 
 
 def test_without_gguf_the_message_says_what_to_install(monkeypatch):

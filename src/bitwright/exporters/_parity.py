@@ -21,6 +21,8 @@ max_pool1d max_pool2d max_pool3d view reshape flatten unflatten permute transpos
 constant_pad_nd adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d chunk split"""
 EXACT = frozenset(_EXACT.split())
 """Calls that compute sums of few-bit integers exactly, in whatever order."""
+LAST = 0.01
+"""How far outputs may be off, as a share of the largest, where all that is on a grid before them is the network's own."""
 Array = NDArray[np.int64]
 
 
@@ -46,6 +48,7 @@ class Parity:
         outputs: the largest difference of the outputs, as a share of the largest output.
         difference: the largest difference of the outputs itself.
         agreement: the share of samples with the same largest output; 1 where outputs are no ``[n, classes]``.
+        last: the outputs when the file is given the network's own tensors before them, as a share of the largest output.
     """
 
     exact: bool
@@ -54,6 +57,7 @@ class Parity:
     outputs: float
     difference: float
     agreement: float
+    last: float = 0.0
 
     def to_dict(self) -> dict[str, object]:
         """Return JSON-able values."""
@@ -132,6 +136,11 @@ def judge(parity: Parity, steps: int, outputs: float, runtime: str) -> None:
         asked = "equal codes (all scales are powers of two)" if parity.exact else f"codes within {steps} step{'s' * (steps != 1)}"
         found = f"{bad.differing} of {bad.values} values of '{bad.name}' ({bad.bits} bits) differ, by up to {bad.steps} steps"
         raise ExportError(f"export: {runtime} does not reproduce the network: asked for {asked}, and {found}; nothing was written")
+    if parity.last > LAST:
+        found = f"given the network's own codes, its outputs differ by {100 * parity.last:.3g} % of the largest"
+        raise ExportError(
+            f"export: {runtime} does not reproduce the network: {found}, and {100 * LAST:.3g} % is allowed; nothing was written"
+        )
     if parity.outputs > outputs:
         found = f"{100 * parity.outputs:.3g} % of the largest (answers agree on {100 * parity.agreement:.4g} % of the example)"
         allowed = "none is allowed with scales that are powers of two" if parity.exact else f"{100 * outputs:.3g} % is allowed"

@@ -227,7 +227,8 @@ def compare(source: Source, written: Written, model: Any) -> Parity:
         rows(points, codes, dict(zip([point.node for point in points], result[count:], strict=True))) for result in (cut, whole)
     )
     share, largest, agreement = output_gaps(wanted, whole[:count])
-    return Parity(is_exact(program), alone, chained, share, largest, agreement)
+    last, _, _ = output_gaps(wanted, cut[:count])
+    return Parity(is_exact(program), alone, chained, share, largest, agreement, last)
 
 
 def with_codes(model: Any, points: Sequence[PointRecord], *, cut: bool) -> bytes:

@@ -43,10 +43,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a policy is about: the sites, and for formats that hold scales the quantized network."""
+    """What a policy is about: the sites, for formats that hold scales the quantized network, and the layers that are no sites."""
 
     sites: tuple[Site, ...]
     network: nn.Module | None = None
+    skipped: tuple[str, ...] = ()
 
 
 class Translator(ABC):

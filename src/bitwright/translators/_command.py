@@ -27,9 +27,12 @@ def _to(job: Job, arguments: argparse.Namespace, options: dict[str, Any]) -> dic
     name = arguments.format
     suffix = get(name).suffix
     tuned = (job.run.path / "model.safetensors").is_file()
-    text = translate(job.policy, name, Subject(job.trace.sites, job.quantized if tuned else None), **options)
+    text = translate(job.policy, name, Subject(job.trace.sites, job.quantized if tuned else None, tuple(job.trace.skipped)), **options)
     file = Path(arguments.file) if arguments.file else job.run.inside("export", f"policy-{name}{suffix}")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PolicyError(f"{file}: cannot be written ({error.strerror or error}); give another --file") from None
     write_text_atomic(file, text)
     print(f"{file}: {len(job.policy)} sites for {name}")  # noqa: T201  (what the command is for)
     return {"file": str(file), "format": name, "sites": len(job.policy)}
@@ -38,7 +41,7 @@ def _to(job: Job, arguments: argparse.Namespace, options: dict[str, Any]) -> dic
 def _from(job: Job, arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     if arguments.file is None:
         raise PolicyError(f"policy from {arguments.format}: no file to read; give --file FILE")
-    policy = understand(read_text(arguments.file), arguments.format, Subject(job.trace.sites), **options)
+    policy = understand(read_text(arguments.file), arguments.format, Subject(job.trace.sites, skipped=tuple(job.trace.skipped)), **options)
     out = Path(arguments.out or "policy.json")
     write_text_atomic(out, policy.to_json() + "\n")
     differing = {site: [None if bits is None else repr(bits) for bits in pair] for site, pair in job.policy.diff(policy).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitwright.errors import PolicyError, nearest
 from bitwright.translators import Layer
@@ -21,23 +22,25 @@ class Place:
     inputs: tuple[str, ...]
 
 
+def operators(graph: str, of: str) -> Mapping[str, tuple[str, ...]]:
+    """Return what each convolution and matrix product of a graph reads, by the name of its node; raises as `places` does."""
+    return {node.name: tuple(node.input) for node in _loaded(graph, of).graph.node if node.op_type in OPERATORS}
+
+
+def tensors(graph: str, of: str) -> frozenset[str]:
+    """Return the names of all tensors of a graph; raises as `places` does."""
+    loaded = _loaded(graph, of).graph
+    named = [*(value.name for value in (*loaded.input, *loaded.initializer)), *(name for node in loaded.node for name in node.output)]
+    return frozenset(named)
+
+
 def places(graph: str, layers: Sequence[Layer], of: str) -> Mapping[str, Place]:
     """Return where each layer is, by its path: the node that reads the initializer ``PATH.weight``.
 
     Raises:
         PolicyError: no graph is given, it cannot be read, or a layer is not in it under its own name.
     """
-    if not graph:
-        raise PolicyError(f"policy: {of} speaks of tensors of an ONNX graph; give it as --option graph=FILE.onnx")
-    try:
-        import onnx  # noqa: PLC0415  (an extra)
-    except ImportError:
-        raise PolicyError(f"policy: {of} needs the onnx package; pip install 'bitwright[onnx]'") from None
-    try:
-        loaded = onnx.load(graph, load_external_data=False)
-    except Exception as error:  # whatever protobuf raises on what is no model
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PolicyError(f"{Path(graph).name}: no ONNX graph ({reason[:100]}); give the float network's export") from None
+    loaded = _loaded(graph, of)
     weights = [tensor.name for tensor in loaded.graph.initializer]
     found = {}
     for layer in layers:
@@ -51,6 +54,20 @@ def places(graph: str, layers: Sequence[Layer], of: str) -> Mapping[str, Place]:
             )
         found[layer.path] = Place(tuple(node.name for node in nodes), name, tuple(dict.fromkeys(node.input[0] for node in nodes)))
     return found
+
+
+def _loaded(graph: str, of: str) -> Any:
+    if not graph:
+        raise PolicyError(f"policy: {of} speaks of tensors of an ONNX graph; give it as --option graph=FILE.onnx")
+    try:
+        import onnx  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise PolicyError(f"policy: {of} needs the onnx package; pip install 'bitwright[onnx]'") from None
+    try:
+        return onnx.load(graph, load_external_data=False)
+    except Exception as error:  # whatever protobuf raises on what is no model
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PolicyError(f"{Path(graph).name}: no ONNX graph ({reason[:100]}); give the float network's export") from None
 
 
 def widths_of_inputs(layers: Sequence[Layer], found: Mapping[str, Place], of: str) -> Mapping[str, int]:

@@ -17,7 +17,7 @@ from bitwright.errors import PolicyError
 from bitwright.policy import Bits
 from bitwright.quant.modules import QuantLayer, named_quant_layers
 from bitwright.translators import FLOAT, Layer, Subject, Translator, integer_widths
-from bitwright.translators._graph import places, widths_of_inputs
+from bitwright.translators._graph import places, tensors, widths_of_inputs
 
 _WIDTHS = (*range(2, 9), 32)
 _VERSION = "1.0.0"
@@ -72,6 +72,11 @@ class Aimet(Translator):
         inputs = {entry["name"]: _width(entry) for entry in data["activation_encodings"]}
         layers = [Layer(path, site, FLOAT) for site in subject.sites for path in site.layers if "#" not in path]
         found = places(self.graph, layers, self.name) if inputs else {}
+        unknown = sorted(inputs.keys() - tensors(self.graph, self.name)) if inputs else []
+        if unknown:
+            raise PolicyError(
+                f"policy: the encodings name the activation '{unknown[0]}', which is no tensor of the graph; give its own graph"
+            )
         read = {path: max((inputs.get(tensor, 32) for tensor in place.inputs), default=32) for path, place in found.items()}
         return {path: Bits(weights.get(path, 32), read.get(path, 32)) for path in dict.fromkeys([*weights, *read])}
 

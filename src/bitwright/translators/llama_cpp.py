@@ -17,6 +17,8 @@ from bitwright.translators import Layer, Subject, Translator
 
 TYPES = {2: "q2_k", 3: "q3_k", 4: "q4_0", 5: "q5_0", 6: "q6_k", 8: "q8_0", 16: "bf16", 32: "f32"}
 """Type by width of the codes."""
+BLOCKS = {"q2_k": 256, "q3_k": 256, "q4_0": 32, "q5_0": 32, "q6_k": 256, "q8_0": 32}
+"""Weights of a row that share a scale: llama-quantize takes another type, without a word to the policy, for rows that are no multiple."""
 OWN = re.compile(r"blk\.\d+\.[a-z0-9_.]+|output|token_embd")
 
 
@@ -36,7 +38,10 @@ class LlamaCpp(Translator):
             return f"llama.cpp has no types for a {layer.site.kind}"
         if layer.bits.a != 32:
             return "llama-quantize cannot be told widths of activations; leave them in float (32)"
-        return None if layer.bits.w in TYPES else f"it has no type of {layer.bits.w} bits, only {', '.join(map(str, TYPES))}"
+        if layer.bits.w not in TYPES:
+            return f"it has no type of {layer.bits.w} bits, only {', '.join(map(str, TYPES))}"
+        block, row = BLOCKS.get(TYPES[layer.bits.w], 1), layer.site.weight_shape[-1]
+        return None if row % block == 0 else f"{TYPES[layer.bits.w]} needs rows of a multiple of {block} weights, and these have {row}"
 
     def write(self, layers: Sequence[Layer], subject: Subject) -> str:
         """Return a line a tensor."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from bitwright.errors import PolicyError
 from bitwright.policy import Bits
 from bitwright.translators import FLOAT, Layer, Subject, Translator, integer_widths
-from bitwright.translators._graph import places, widths_of_inputs
+from bitwright.translators._graph import operators, places, widths_of_inputs
 
 _WEIGHTS = {4: "QInt4", 8: "QInt8"}
 _INPUTS = {4: "QUInt4", 8: "QUInt8"}
@@ -45,7 +46,12 @@ class OnnxRuntimeOverrides(Translator):
             overrides[found[layer.path].weight] = [{"quant_type": _WEIGHTS[layer.bits.w], "symmetric": True}]
         for tensor, width in widths_of_inputs(chosen, found, self.name).items():
             overrides[tensor] = [{"quant_type": _INPUTS[width]}]
-        excluded = [node for layer in named if layer.bits == FLOAT for node in found[layer.path].nodes]
+        quantized = {node for layer in chosen for node in found[layer.path].nodes}
+        # layers of 32 bits, skipped ones and float products: the tool quantizes every operator that is not left out by name
+        nodes = operators(self.graph, self.name)
+        if "" in nodes and nodes.keys() - quantized:
+            raise PolicyError(f"{Path(self.graph).name}: an operator has no name, so {self.name} cannot leave it out; name the nodes")
+        excluded = [node for node in nodes if node not in quantized]
         return json.dumps({"TensorQuantOverrides": overrides, "nodes_to_exclude": excluded}, indent=1)
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
