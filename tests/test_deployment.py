@@ -96,6 +96,23 @@ def test_latency_needs_a_target_and_a_place_for_its_table(capsys, recipe_file, t
     assert "profile --measure: give --target" in said(capsys, *argv, code=2)
 
 
+def test_a_network_by_name_is_timed_without_data(capsys, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    file = tmp_path / "t.json"
+    named = ("--model", "digits_cnn", "--shape", "1x8x8", "--target", "onnxruntime-x86", "--measure")
+    said(capsys, "profile", *named, "--save", str(file), "--policies", "1", "--judge", "0")
+    data = json.loads(file.read_text())
+    assert data["macs"]["conv1"] > 0
+    assert {kind for terms in data["terms"].values() for kind in terms} == {"int8", "float32"}
+    assert "also give --model NAME, --target NAME and --save FILE" in said(capsys, "profile", *named, code=2)
+    wrong = (*named, "--save", str(file), "--judge", "-1")
+    assert "give at least 1 policy to fit on, and 0 or more to judge" in said(capsys, "profile", *wrong, code=2)
+    gpu = ("--model", "digits_cnn", "--shape", "1x8x8", "--target", "nvidia-gpu", "--measure", "--save", str(file))
+    assert "nothing here measures its latency" in said(capsys, "profile", *gpu, code=2)
+    ignored = ("--model", "digits_cnn", "--data", "digits", "--measure", "--save", str(file), "--sensitivity")
+    assert "--sensitivity has no meaning for it" in said(capsys, "profile", *ignored, code=2)
+
+
 def test_a_latency_budget_without_a_table_says_how_to_get_one(capsys, recipe_file, tmp_path):
     argv = ("search", str(recipe_file), "--out", str(tmp_path / "r"), "--set", "search.budgets=[latency<=1ms]")
     assert "measure one: bitwright profile --target NAME --measure" in said(capsys, *argv, code=2)

@@ -24,6 +24,7 @@ from bitwright.deployment import (
     check_policy,
     default_widths,
     measure_latency,
+    measure_model,
     target_flag,
     target_overrides,
     targets_command,
@@ -41,6 +42,7 @@ from bitwright.progress import Progress
 from bitwright.recipe import load_recipe, parse_yaml
 from bitwright.report import render, terminal
 from bitwright.runs import versions, write_text_atomic
+from bitwright.targets import get_target
 from bitwright.translators._command import policy_command, policy_flags
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
@@ -208,12 +210,18 @@ def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
-    ignored = {"--sensitivity": arguments.sensitivity, "--check-additivity": arguments.check_additivity, "--shape": arguments.shape}
+    ignored = {"--sensitivity": arguments.sensitivity, "--check-additivity": arguments.check_additivity}
     for flag, value in ignored.items():
         if value:
             raise UsageError(
                 f"profile --measure: measures latency, and {flag} has no meaning for it; leave it out, or give --measure METHOD"
             )
+    if arguments.shape is not None:
+        if arguments.model is None or arguments.deploy is None or arguments.save is None:
+            raise UsageError("profile --measure --shape: also give --model NAME, --target NAME and --save FILE")
+        target = get_target(arguments.deploy)
+        counts = arguments.policies, arguments.judge
+        return measure_model(arguments.model, arguments.shape, target, Path(arguments.save), *counts, Progress(sys.stderr))
     with tempfile.TemporaryDirectory() as scratch:
         known = arguments.target is not None and Path(arguments.target).is_dir()
         if not known and arguments.save is None:

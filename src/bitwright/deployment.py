@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from bitwright import models
@@ -16,9 +17,15 @@ from bitwright.exporters import Verification, get, verify
 from bitwright.job import Job
 from bitwright.latency import FILE as LATENCY
 from bitwright.latency import SECONDS, TURNS, measure_table
+from bitwright.latency import Table as LatencyTable
 from bitwright.policy import Policy
+from bitwright.problem import build_choices
+from bitwright.profile import model_and_example
 from bitwright.report.terminal import new_console
+from bitwright.sites import trace
 from bitwright.targets import Target, available, get_target
+
+Log = Callable[[str, Mapping[str, Any]], None]
 
 
 def targets_command(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -96,13 +103,39 @@ def measure_latency(job: Job, save: str | None, policies: int | None, judged: in
     def log(text: str) -> None:
         job.log("latency", {"status": text})
 
+    _check_counts(policies, judged)
+    example, file = job.data.example(2), Path(save) if save is not None else job.run.path / LATENCY
+    table = measure_table(job.untrained, job.trace, example, job.target, job.choices, policies=policies, judged=judged, log=log)
+    return _kept(table, file, judged)
+
+
+def measure_model(name: str, shape: str, target: Target, file: Path, policies: int | None, judged: int, log: Log) -> dict[str, Any]:
+    """Time random policies of an untrained network by name: what a layer takes does not depend on its weights."""
+    _check_counts(policies, judged)
+    model, example = model_and_example(name, shape)
+    traced, widths = trace(model.eval(), example), target.widths()
+    choices = target.restrict(traced, build_choices(traced, *widths, pin_first="free", pin_last="free"))
+    table = measure_table(
+        model,
+        traced,
+        torch.cat([example, example]),
+        target,
+        choices,
+        policies=policies,
+        judged=judged,
+        log=lambda text: log("latency", {"status": text}),
+    )
+    return _kept(table, file, judged)
+
+
+def _check_counts(policies: int | None, judged: int) -> None:
     if judged < 0 or (policies is not None and policies < 1):
         raise TargetError(
             f"profile --measure: --policies {policies} --judge {judged}; give at least 1 policy to fit on, and 0 or more to judge"
         )
-    example = job.data.example(2)
-    table = measure_table(job.untrained, job.trace, example, job.target, job.choices, policies=policies, judged=judged, log=log)
-    file = Path(save) if save is not None else job.run.path / LATENCY
+
+
+def _kept(table: LatencyTable, file: Path, judged: int) -> dict[str, Any]:
     table.save(file)
     record = {**table.to_dict(), "file": str(file)}
     judged_text = f"; {describe_errors(table.errors())}" if judged else ""

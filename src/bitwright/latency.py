@@ -241,7 +241,9 @@ def measure_table(
     from bitwright.timing import Stopwatch  # noqa: PLC0415  (needs the extras of the runtimes)
 
     if target.latency is None:
-        raise TargetError(f"target {target.name}: nothing here measures its latency; take openvino-x86 or onnxruntime-x86")
+        why = skipped_on_gpu() if target.name == "nvidia-gpu" else None
+        why = "" if why is None else f" ({why})"
+        raise TargetError(f"target {target.name}: nothing here measures its latency{why}; take openvino-x86 or onnxruntime-x86")
     classes = {
         site.name: {bits: str(target.runs(site, bits)) for bits in choices[site.name] if target.runs(site, bits)} for site in trace.sites
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright import models
 from bitwright.additivity import FILE as ANSWER
@@ -74,17 +74,22 @@ def profile(
     return result
 
 
+def model_and_example(name: str, shape: str) -> tuple[nn.Module, Tensor]:
+    """Return an untrained network by name, and one input of a shape such as ``3x224x224``; raises `BitwrightError` for another text."""
+    parts = shape.lower().split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise BitwrightError(f"--shape {shape}: expected sizes of one input, for example 3x224x224")
+    return models.build(name), torch.rand(1, *map(int, parts), generator=torch.Generator().manual_seed(0))
+
+
 def profile_model(name: str, shape: str) -> dict[str, Any]:
     """Return the profile of a network by name on inputs of a shape such as ``3x224x224``.
 
     >>> profile_model("cifar_resnet20", "3x32x32")["macs"]
     40551040
     """
-    parts = shape.lower().split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise BitwrightError(f"--shape {shape}: expected sizes of one input, for example 3x224x224")
-    model = models.build(name)
-    traced = trace(model, torch.zeros(1, *map(int, parts)))
+    model, example = model_and_example(name, shape)
+    traced = trace(model, example)
     return {"model": name, **_table(traced, packed_overhead(model, traced))}
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -262,6 +261,8 @@ def export(
 
 
 def _typed(hint: Any, key: str, value: object) -> Any:
+    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415  (slow to import)
+
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:

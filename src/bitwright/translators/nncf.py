@@ -58,14 +58,10 @@ class Nncf(Translator):
             raise PolicyError("policy: nncf has nothing to do where every site is float; give some site W8A8, W8A32 or W4A32")
         call, arguments = _CALLS[kept[0]]
         if subject.skipped:
-            raise PolicyError(
-                f"policy: nncf cannot be told to leave the skipped layer '{subject.skipped[0]}' alone; make it a site"
-            )
+            raise PolicyError(f"policy: nncf cannot be told to leave the skipped layer '{subject.skipped[0]}' alone; make it a site")
         calls = [layer.path for layer in layers if layer.bits == FLOAT and "#" in layer.path]
         if call == "quantize" and calls:
-            raise PolicyError(
-                f"policy: nncf.quantize also quantizes '{calls[0]}', a functional call without a name; give it W8A8"
-            )
+            raise PolicyError(f"policy: nncf.quantize also quantizes '{calls[0]}', a functional call without a name; give it W8A8")
         _check_named([layer for layer in layers if layer.bits == FLOAT and "#" not in layer.path], subject)
         names = [node for layer in layers if layer.bits == FLOAT and "#" not in layer.path for node in _nodes(layer.path, layer.site)]
         return json.dumps({"call": call, "arguments": {**arguments, "ignored_scope": {"names": names, "validate": True}}}, indent=1)
