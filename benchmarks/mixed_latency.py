@@ -127,7 +127,7 @@ def cases(name: str, arguments: argparse.Namespace) -> list[Case]:
         torch.manual_seed(0)
         return [Case(name, models.build(name), torch.rand(2, 3, 224, 224, generator=generator), None)]
     network = NETWORKS[name]
-    data = load_data(network.data, arguments.data_root, held_out=network.held_out, **network.options)
+    data = load_data(network.data, arguments.data_root, held_out=network.held_out, seed=0, **network.options)
     model = network.make(arguments.checkpoints / network.file)
     return [Case(name, model, data.example(), data, min(network.images, len(data.selection)))]
 
