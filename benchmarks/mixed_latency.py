@@ -86,7 +86,9 @@ class Case:
         """Return what each choice of each site costs in accuracy: KL divergence, or, without weights, the MACs that are not in bfloat16."""
         if self.data is not None:
             free = parse_budget("bitops<=W16A16", self.trace.sites, pins={})
-            return KL(images=min(self.images, len(self.data.selection)), batchnorm=False).scores(Problem(self.model, self.trace, self.choices, free, self.data))
+            return KL(images=min(self.images, len(self.data.selection)), batchnorm=False).scores(
+                Problem(self.model, self.trace, self.choices, free, self.data)
+            )
         return {s.name: torch.tensor([float(s.macs * (32 - sum(b))) for b in self.choices[s.name]]) for s in self.trace.sites}
 
     def mixtures(self, table: Table) -> dict[str, Policy]:
