@@ -301,12 +301,6 @@ def test_an_option_of_another_type_is_one_line(tmp_path, option, value):
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, **{option: value})
 
 
-def test_a_file_of_another_ending_is_refused(tmp_path):
-    model, x, policy = deployed("tiny", [(8, 8)])
-    with pytest.raises(ExportError, match=r"a file of onnx ends in .onnx; name it m.onnx"):
-        export(model, "onnx", tmp_path / "m.bin", example=x, policy=policy)
-
-
 def test_a_last_layer_that_computes_something_else_is_refused_whatever_the_width_of_the_grids(tmp_path):
     from bitwright.exporters.onnx import Onnx
 

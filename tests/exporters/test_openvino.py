@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from deployed import deployed
+from torch import nn
 
+from bitwright import trace
 from bitwright.errors import ExportError
 from bitwright.exporters import export, verify
+from bitwright.policy import Policy
+from bitwright.quant import quantize
 
 pytest.importorskip("openvino", reason="the extra [openvino] is not installed")
 pytest.importorskip("onnx", reason="the extra [openvino] is not installed")
@@ -78,3 +83,25 @@ def test_damaged_files_are_refused_with_the_reason(good, tmp_path, ending, chang
         file.unlink()
     with pytest.raises(ExportError, match="no such file" if change == "gone" else "tampered with or damaged|cut off"):
         verify(tmp_path / "m.xml", to="openvino")
+
+
+def test_a_file_of_another_ending_would_overwrite_its_weights_and_is_refused(tmp_path):
+    model, x, policy = deployed("tiny", [(8, 8)])
+    with pytest.raises(ExportError, match=r"a file of openvino ends in \.xml; name it m\.xml"):
+        export(model, "openvino", tmp_path / "m.bin", example=x, policy=policy)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_are_skipped_stay_in_float32(tmp_path):
+    from openvino import Core
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 5)).eval()
+    x = torch.rand(4, 3, 8, 8)
+    found = trace(net, x, skip=["2"])
+    policy = Policy(dict.fromkeys(found.names, (8, 8)))
+    model = quantize(net, policy, calibration=x, sites=found.sites, skip=found.skipped).eval()
+    artefact = export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+    assert artefact.parity["runtime_options"] == {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = Core().compile_model(str(tmp_path / "m.xml"), "CPU", artefact.parity["runtime_options"])
+    kinds = {str(port.get_element_type().get_type_name()) for op in compiled.get_runtime_model().get_ops() for port in op.inputs()}
+    assert "bf16" not in kinds

@@ -107,7 +107,7 @@ def test_it_is_registered():
         get("pakced")
     with pytest.raises(ExportError, match="no option 'batchnrom' for packed; did you mean 'batchnorm'"):
         export(quantized(), "packed", "x", example=EXAMPLE, batchnrom="x")
-    with pytest.raises(ExportError, match="batchnorm 'folded'; type 'as-trained' or 'eval-vectors'"):
+    with pytest.raises(ExportError, match="option batchnorm='folded': expected 'as-trained' or 'eval-vectors'"):
         export(quantized(), "packed", "x", example=EXAMPLE, batchnorm="folded")
 
 

@@ -239,7 +239,7 @@ def export(
             raise ExportError(f"export: no option '{key}' for {to}; {nearest(key, known)}")
     hints = get_type_hints(kind)
     exporter, path = kind(**{key: _typed(hints[key], key, value) for key, value in options.items()}), Path(path)
-    if kind.suffixes and path.suffix not in kind.suffixes:
+    if kind.companions and path.suffix not in kind.suffixes:  # their names are made from it
         raise ExportError(f"{path}: a file of {to} ends in {' or '.join(kind.suffixes)}; name it {path.with_suffix(kind.suffixes[0]).name}")
     source = Source(_plain_copy(model), _on_cpu(example), policy, reference)
     partial = path.with_name(f".{path.name}.unchecked")
