@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitwright.data.quality import Mix, parse_conditions
 from bitwright.errors import RecipeError, nearest
@@ -20,6 +20,7 @@ from bitwright.quant.corrections import Step
 from bitwright.robustness import Goal
 from bitwright.targets import check_format
 from bitwright.training import FinetuneOptions
+from bitwright.typed import typed
 
 T = TypeVar("T")
 Options = dict[str, Any]
@@ -492,7 +493,6 @@ def make_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _checked(hint: Any, value: object, place: str) -> Any:
     try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        complaint = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
-        raise RecipeError(f"recipe: {place} is {_short(value)}; {complaint}") from None
+        return typed(hint, value)
+    except ValueError as error:
+        raise RecipeError(f"recipe: {place} is {_short(value)}; {error}") from None

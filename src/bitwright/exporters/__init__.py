@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from bitwright.errors import ExportError, nearest
 from bitwright.policy import Bits, Policy
 from bitwright.runs import write_text_atomic
+from bitwright.typed import typed
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Reference = tuple[str, Mapping[str, Any]]
@@ -261,13 +262,10 @@ def export(
 
 
 def _typed(hint: Any, key: str, value: object) -> Any:
-    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415  (slow to import)
-
     try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        complaint = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
-        raise ExportError(f"export: option {key}={value!r}: {complaint}") from None
+        return typed(hint, value)
+    except ValueError as error:
+        raise ExportError(f"export: option {key}={value!r}: {error}") from None
 
 
 def policy_gap(policy: Mapping[str, Bits], layers: Mapping[str, Bits]) -> str | None:
