@@ -14,7 +14,7 @@ from bitwright.data.corruptions import COMMON, DETERMINISTIC, SEVERITIES
 from bitwright.data.quality import TEST_SEED, Condition, Mix, MixedSplit, parse_conditions
 from bitwright.data.splits import Split
 from bitwright.errors import DataError, TrainingError
-from bitwright.evaluation import evaluate, wilson
+from bitwright.evaluation import BATCH, evaluate, wilson
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def measure(
     *,
     seeds: Sequence[int] = (0,),
     mix: Mix | None = None,
-    batch_size: int = 500,
+    batch_size: int = BATCH,
 ) -> Robustness:
     """Evaluate a classifier under conditions, each image corrupted before it is normalised.
 
