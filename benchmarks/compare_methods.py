@@ -4,13 +4,15 @@
 
 Two networks on CIFAR-10, the public ResNet-20 (91.73 %) and MLPerf Tiny's ResNet-8; four budgets: the BitOps of uniform W4A4, W3A3
 and W2A2 with weights of 1 to 8 and activations of 2 to 8 bits, and 2 bits a weight with float activations. The ends stay at 8 bits.
-In a short stage every method is fine-tuned for ``--short`` epochs, in a long one the five that are best on the 5,000 held-out images,
-and uniform, for ``--long`` epochs; all against the float network's soft labels. A seed is a split, a search and a training.
+In a short stage every method is fine-tuned for ``--short`` steps of 128 images, in a long one the five that are best on the 2,000
+held-out images, and uniform, for ``--long`` steps; all against the float network's soft labels. A seed is a split, a search and a
+training. Searches that train, sample or evolve get about 80,000 to 130,000 sample-passes each (two passes over the training images)
+instead of their defaults, so that none is given more than another; the others take what they need, less than that.
 
 The work is one `bitwright compare` a network and kind of budget, under ``--runs``. The same command goes on after a kill, and several
 processes that run it at once share the work. Writes results/compare-cifar10-resnet20.csv and results/compare-resnet8.csv (a row a
 seed, and rows of means with the difference to uniform, its corrected interval and p-value); ``--no-write`` leaves that to another
-process. Settings for a try: --set compare.short.max_steps=2 --set compare.long.max_steps=2 --set data.held_out=500.
+process. Settings for a try: --short 2 --long 2 --set data.held_out=500.
 """
 
 from __future__ import annotations
@@ -41,7 +43,14 @@ BUDGETS: dict[str, dict[str, Any]] = {
     # The ends alone lift uniform 2 bits above an average of 2, so uniform is 1 bit there; W2A32 is a budget that uniform 2 bits keep.
     "weights": {"budgets": ["weight_bits<=2", "weight_bits<=W2A32"], "weights": list(range(1, 9)), "activations": [32]},
 }
-TRAINED = ("sdq", "seam", "edmips", "fracbits")
+TRAINED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("sdq", "seam", "edmips", "fracbits"), {"epochs": 1, "max_steps": 200, "lr": 0.01}),
+    "limpq": {"epochs": 1, "max_steps": 40},  # a step passes its batch once per width, and once more
+}
+SAMPLED: dict[str, dict[str, Any]] = {
+    "haq": {"episodes": 100},
+    "evolution": {"trials": 150},
+}
 FAST = {"precision": "bfloat16", "compile": True, "channels_last": True}
 
 
@@ -50,20 +59,21 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
     settings, budgets = NETWORKS[network], BUDGETS[kind]
     methods = arguments.methods or list(available())
     fast = FAST if arguments.fast else {}
+    options = {**{name: {**own, **fast} for name, own in TRAINED.items()}, **SAMPLED}
     section = {
         "methods": methods,
         "seeds": arguments.seeds,
         "budgets": [text for text in budgets["budgets"] if text in arguments.budgets],
-        "options": {name: {"epochs": 1, "lr": 0.01, **fast} for name in TRAINED if name in methods},
-        "short": {"epochs": arguments.short},
-        "long": {"epochs": arguments.long},
+        "options": {name: own for name, own in options.items() if name in methods},
+        "short": {"max_steps": arguments.short},
+        "long": {"max_steps": arguments.long},
         "best": 5,
     }
-    tuned = {"batch_size": 128, "lr": 0.04, "weight_decay": 2.5e-5, "low_bit_decay": False, **fast}
+    tuned = {"epochs": 1, "batch_size": 128, "lr": 0.04, "weight_decay": 2.5e-5, "low_bit_decay": False, **fast}
     return {
         "name": f"compare-{network}-{kind}",
         "threads": 1,
-        "data": {"name": "cifar10", "held_out": 5000, "options": settings["options"]},
+        "data": {"name": "cifar10", "held_out": 2000, "options": settings["options"]},
         "model": {"name": settings["model"], "weights": str(getattr(arguments, network.rpartition("-")[2]))},
         "search": {"budgets": budgets["budgets"][:1], "weights": budgets["weights"], "activations": budgets["activations"]},
         "quantize": {"correct": ["batchnorm"]},
@@ -87,8 +97,8 @@ def main() -> None:
     parser.add_argument("--resnet8", type=Path, help="checkpoint; without it this network is left out")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--short", type=int, default=1, help="epochs of the first stage (default: 1)")
-    parser.add_argument("--long", type=int, default=6, help="epochs of the second stage (default: 6)")
+    parser.add_argument("--short", type=int, default=100, help="steps of the first stage (default: 100)")
+    parser.add_argument("--long", type=int, default=375, help="steps of the second stage (default: 375, an epoch)")
     parser.add_argument("--methods", nargs="+", help="by default all there are")
     every = [text for kind in BUDGETS.values() for text in kind["budgets"]]
     parser.add_argument("--budgets", nargs="+", choices=every, default=every[:-1], help="by default all but the last")
