@@ -44,7 +44,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "weights": {"budgets": ["weight_bits<=2", "weight_bits<=W2A32"], "weights": list(range(1, 9)), "activations": [32]},
 }
 TRAINED: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("sdq", "seam", "edmips", "fracbits"), {"epochs": 1, "max_steps": 200, "lr": 0.01}),
+    **{name: {"epochs": 1, "max_steps": 200, "lr": 0.01} for name in ("sdq", "seam", "edmips", "fracbits")},
     "limpq": {"epochs": 1, "max_steps": 40},  # a step passes its batch once per width, and once more
 }
 SAMPLED: dict[str, dict[str, Any]] = {
