@@ -6,8 +6,8 @@ Two networks on CIFAR-10, the public ResNet-20 (91.73 %) and MLPerf Tiny's ResNe
 and W2A2 with weights of 1 to 8 and activations of 2 to 8 bits, and 2 bits a weight with float activations. The ends stay at 8 bits.
 In a short stage every method is fine-tuned for ``--short`` steps of 128 images, in a long one the five that are best on the 2,000
 held-out images, and uniform, for ``--long`` steps; all against the float network's soft labels. A seed is a split, a search and a
-training. Searches that train, sample or evolve get about 80,000 to 130,000 sample-passes each (two passes over the training images)
-instead of their defaults, so that none is given more than another; the others take what they need, less than that.
+training. Searches that train, sample or evolve get about 46,000 sample-passes each, one for each training image, instead of their
+defaults, so that none is given more than another; the others take what they need. ``--long 0`` leaves the long stage out.
 
 The work is one `bitwright compare` a network and kind of budget, under ``--runs``. The same command goes on after a kill, and several
 processes that run it at once share the work. Writes results/compare-cifar10-resnet20.csv and results/compare-resnet8.csv (a row a
@@ -44,12 +44,12 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "weights": {"budgets": ["weight_bits<=2", "weight_bits<=W2A32"], "weights": list(range(1, 9)), "activations": [32]},
 }
 TRAINED: dict[str, dict[str, Any]] = {
-    **{name: {"epochs": 1, "max_steps": 200, "lr": 0.01} for name in ("sdq", "seam", "edmips", "fracbits")},
-    "limpq": {"epochs": 1, "max_steps": 40},  # a step passes its batch once per width, and once more
+    **{name: {"epochs": 1, "max_steps": 120, "lr": 0.01} for name in ("sdq", "seam", "edmips", "fracbits")},
+    "limpq": {"epochs": 1, "max_steps": 15},  # a step passes its batch once per width, and once more
 }
 SAMPLED: dict[str, dict[str, Any]] = {
-    "haq": {"episodes": 100},
-    "evolution": {"trials": 150},
+    "haq": {"episodes": 60},
+    "evolution": {"trials": 90},
 }
 FAST = {"precision": "bfloat16", "compile": True, "channels_last": True}
 
@@ -66,7 +66,7 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
         "budgets": [text for text in budgets["budgets"] if text in arguments.budgets],
         "options": {name: own for name, own in options.items() if name in methods},
         "short": {"max_steps": arguments.short},
-        "long": {"max_steps": arguments.long},
+        **({"long": {"max_steps": arguments.long}} if arguments.long else {}),
         "best": 5,
     }
     tuned = {"epochs": 1, "batch_size": 128, "lr": 0.04, "weight_decay": 2.5e-5, "low_bit_decay": False, **fast}
