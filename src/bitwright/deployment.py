@@ -87,8 +87,9 @@ def _show_verification(verified: Verification) -> None:
         counted = ["–" if number is None else str(number) for number in (row.levels, row.allowed)]
         table.add_row(row.name, row.kind, str(row.bits), row.stored, *counted)
     new_console().print(table)
-    answer = "" if verified.answer is None else f", its answer within {100 * verified.answer:.3g} % of the network's"
-    ran = f"run on {verified.samples} samples{answer}" if verified.samples else "not run here"
+    known = verified.answer is not None
+    answer = f"its answer within {100 * (verified.answer or 0):.3g} % of the network's" if known else "no answer in it to compare with"
+    ran = f"run on {verified.samples} samples, {answer}" if verified.samples else "not run here"
     sys.stdout.write(f"{verified.path}: keeps its policy of {len(verified.policy)} sites; {ran}\n")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 
 from bitwright import models
 from bitwright.costs import Size, WeightBits
+from bitwright.deployment import _show_verification
 from bitwright.errors import ExportError
 from bitwright.exporters import _container as container
-from bitwright.exporters import available, export, get
+from bitwright.exporters import available, export, get, verify
 from bitwright.exporters._format import Content, Record
 from bitwright.exporters._loading import _read
 from bitwright.exporters.packed import Packed, load, packed_overhead, read_policy
@@ -24,6 +26,7 @@ from bitwright.quant import QuantLayer, QuantOptions, named_quant_layers, quanti
 from bitwright.sites import trace
 
 EXAMPLE = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+ZOO = Path(__file__).parents[2] / "zoo"
 PATHS = ("stem", "depth", "up", "head", "last")
 
 
@@ -495,3 +498,73 @@ def test_a_learned_activation_scale_that_crossed_zero_is_written_as_it_works(tmp
             layer.input_quantizer.scale.neg_()
     export(quantized, "packed", tmp_path / "net.safetensors", example=x)
     assert torch.equal(load(tmp_path / "net.safetensors", net)(x), quantized(x))
+
+
+def flipped(codes):
+    """Change all codes, as a damaged file with a checksum of its own has them."""
+    return {"codes": (torch.uint8, bytes(255 - byte for byte in codes["codes"]))}
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [((4, 32), 1e-3), ((4, 8), 0.05)])
+def test_the_answer_to_a_sample_is_in_the_file_and_compared(tmp_path, bits, allowed):
+    path = export(quantized((bits,)), "packed", tmp_path / "m.safetensors", example=EXAMPLE).path
+    found = verify(path, model=net())
+    assert (found.samples, found.answer, found.allowed) == (2, 0.0, allowed)
+    forge(path, blobs=flipped)
+    with pytest.raises(ExportError, match=r"its output on the sample differs by .* from the network's own answer"):
+        verify(path, model=net())
+
+
+def test_another_answer_in_the_file_is_refused(written):
+    forge(written, lambda c: dataclasses.replace(c, sample=dataclasses.replace(c.sample, shape=(2, 6))))
+    with pytest.raises(ExportError, match=r"its output on the sample differs"):
+        verify(written, model=net())
+    forge(written, lambda c: dataclasses.replace(c, sample=dataclasses.replace(c.sample, inputs=(("", (2, 5, 6, 6), "float32"),))))
+    with pytest.raises(ExportError, match=r"its network does not run on the sample in it"):
+        verify(written, model=net())
+
+
+@pytest.mark.parametrize("text", ["x", "=2x3:float32|2", "=99999x99999:float32|2|AAAAPw==", "=2x3:float32|2|?", "=2x3:float32|2|AAA="])
+def test_a_malformed_sample_is_refused(written, text):
+    forge(written, meta(sample=text))
+    with pytest.raises(ExportError, match="its metadata do not parse"):
+        load(written, net())
+
+
+def test_older_files_without_a_sample_still_load_and_verify(written, capsys):
+    wanted = logits(load(written, net()))
+    forge(written, lambda c: {key: value for key, value in c.to_metadata().items() if key != "sample"})
+    assert torch.equal(logits(load(written, net())), wanted)
+    found = verify(written, model=net())
+    assert (found.samples, found.answer) == (2, None)
+    _show_verification(found)
+    assert "run on 2 samples, no answer in it to compare with" in capsys.readouterr().out
+    old = verify(ZOO / "cifar10-resnet20-w2.0" / "model.safetensors")
+    assert (old.samples, old.answer) == (2, None)
+
+
+def test_a_sample_takes_the_same_room_whether_there_is_one_or_not(tmp_path):
+    qmodel = quantize(Named(), Policy({"a": (2, 32), "b": (3, 32)}))
+    some = export(qmodel, "packed", tmp_path / "m", example={"x": torch.randn(2, 3), "gain": torch.tensor(2.0)})
+    none = export(qmodel, "packed", tmp_path / "n", example={"x": torch.randn(2, 3), "gain": 2.0})
+    assert some.size == none.size
+    assert (verify(some.path, to="packed", model=Named()).answer, _read(none.path)[0].sample) == (0.0, None)
+    wide = quantize(nn.Sequential(nn.Linear(3, 1000)), Policy({"0": (2, 32)}))
+    artefact = export(wide, "packed", tmp_path / "w", example=torch.randn(8, 3))
+    assert len(_read(artefact.path)[0].sample.numbers) == 32
+    assert verify(artefact.path, to="packed", model=nn.Sequential(nn.Linear(3, 1000))).answer == 0.0
+
+
+def test_a_network_that_takes_no_sample_is_packed_without_one(tmp_path):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            if bool((x < 0).any()):
+                raise ValueError("no negative values")
+            return self.fc(x)
+
+    artefact = export(quantize(Picky(), Policy({"fc": (2, 32)})), "packed", tmp_path / "m", example=torch.rand(2, 3))
+    assert _read(artefact.path)[0].sample is None

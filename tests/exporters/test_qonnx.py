@@ -135,6 +135,10 @@ def test_products_of_activations(tmp_path):
     quantized = quantize(net, policy, calibration=x, sites=traced.sites)
     artefact = export(quantized, "qonnx", tmp_path / "attention.qonnx", example=x, policy=policy)
     assert artefact.parity["outputs"] < 1e-5
+    found = {row.name: row.bits for row in verify(artefact.path).tensors if row.kind == "activation"}
+    assert found == {"qkv.input": 8, "#0.left": 6, "#0.right": 6, "#1.left": 5, "#1.right": 5, "out.input": 4}
+    with pytest.raises(ExportError, match="the policy says 6 bits for the left operand of '#0', which has 3 bits"):
+        verify(edited(artefact.path, set_bits("#0.left_quant", 3)))
 
 
 def test_one_bit_of_a_signed_activation(tmp_path):
@@ -157,6 +161,79 @@ def test_a_file_is_verified_and_a_damaged_one_refused(tmp_path):
     (tmp_path / "bad.qonnx").write_bytes(data)
     with pytest.raises(ExportError, match=r"tampered|truncated|damaged|refused|cut off"):
         verify(tmp_path / "bad.qonnx", to="qonnx")
+
+
+def edited(path, change, *, metadata=None):
+    """Write a file anew after a change of its graph or of what it says of itself, with a right checksum."""
+    import json
+
+    import onnx
+
+    from bitwright.exporters._onnx_file import KEY, SUM, checksum
+
+    model = onnx.load(str(path))
+    change({node.name: node for node in model.graph.node}, {tensor.name: tensor for tensor in model.graph.initializer})
+    said = json.loads({entry.key: entry.value for entry in model.metadata_props}[KEY])
+    for key, value in (metadata(said) if metadata else {}).items():
+        said[key] = value
+    onnx.helper.set_model_props(model, {KEY: json.dumps(said)})
+    onnx.helper.set_model_props(model, {KEY: json.dumps(said), SUM: checksum(model)})
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return path
+
+
+def set_bits(node_name, width):
+    def change(nodes, tensors):
+        import onnx
+
+        bits = tensors[nodes[node_name].input[3]]
+        bits.CopyFrom(onnx.numpy_helper.from_array(np.asarray(width, np.float32), bits.name))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("node", "width", "message"),
+    [
+        ("conv3.weight_quant", 4, "the policy says 2 bits for the weight of 'conv3', which has 4 bits in its Quant node"),
+        ("fc.weight_quant", 7, "the policy says 5 bits for the weight of 'fc', which has 7 bits"),
+        ("conv2.input_quant", 8, "the policy says 5 bits for the input of 'conv2', which has 8 bits"),
+        ("fc.input_quant", 1, "the policy says 7 bits for the input of 'fc', which has 1 bit in its Quant node"),
+        ("fc.input_quant", 6.5, "its metadata do not fit its graph .*'fc.input_quant' has .6.5. bits"),
+    ],
+)
+def test_a_width_in_a_node_that_is_not_the_policys_is_refused_by_site(tmp_path, node, width, message):
+    artefact, _, _, _ = written(tmp_path, [(8, 8), (3, 5), (2, 4), (5, 7)])
+    assert {(row.name, row.bits) for row in verify(artefact.path).tensors if row.kind == "activation"} == {
+        ("conv1.input", 8),
+        ("conv2.input", 5),
+        ("conv3.input", 4),
+        ("fc.input", 7),
+    }
+    with pytest.raises(ExportError, match=message):
+        verify(edited(artefact.path, set_bits(node, width)))
+
+
+def test_a_policy_that_promises_more_than_the_nodes_have_is_refused_by_site(tmp_path):
+    artefact, _, _, _ = written(tmp_path, [(8, 8), (3, 5), (1, 4), (5, 7)])
+
+    def promise(said):
+        said["policy"]["sites"]["conv3"] = {"w": 2, "a": 4}
+        weights = [[name, [2, 4] if name == "conv3" else bits, *rest] for name, bits, *rest in said["weights"]]
+        return {"policy": said["policy"], "layers": {**said["layers"], "conv3": [2, 4]}, "weights": weights}
+
+    with pytest.raises(ExportError, match="says 2 bits for the weight of 'conv3', which has 1 bit in its BipolarQuant node"):
+        verify(edited(artefact.path, lambda nodes, tensors: None, metadata=promise))
+
+
+def test_a_layer_without_a_grid_is_refused_by_site(tmp_path):
+    artefact, _, _, _ = written(tmp_path, [(8, 8), (3, 5), (2, 4), (5, 7)])
+
+    def bypass(nodes, _):
+        nodes["conv2"].input[0] = nodes["conv2.input_quant"].input[0]
+
+    with pytest.raises(ExportError, match="the policy says 5 bits for the input of 'conv2', which has no Quant node"):
+        verify(edited(artefact.path, bypass))
 
 
 def test_what_cannot_be_said_is_an_error(tmp_path):

@@ -8,8 +8,10 @@ from torch import nn
 
 from bitwright import models
 from bitwright.errors import TargetError
+from bitwright.exporters import export
 from bitwright.policy import Bits, Policy
 from bitwright.problem import build_choices
+from bitwright.quant import quantize
 from bitwright.sites import trace
 from bitwright.targets import available, get_target, kind_of
 
@@ -98,6 +100,44 @@ def test_kinds_of_layers_are_told_apart(digits):
     assert all(bits.w == bits.a for site in products for bits in get_target("generic").legal(site))
     with pytest.raises(TargetError, match="runs no product"):
         get_target("qonnx-fpga").nearest(products[0], Bits(8, 8))
+
+
+class Bilinear(nn.Module):
+    """A layer, a weight that is used without one, and a product of two activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        y = self.layer(x)
+        return nn.functional.linear(torch.matmul(x.unsqueeze(2) * 0.1, y.unsqueeze(1)).mean(2), self.head)
+
+
+@pytest.mark.parametrize("name", ["generic", "size-only"])
+def test_what_a_packed_file_cannot_hold_does_not_run_on_its_targets(name, tmp_path):
+    torch.manual_seed(0)
+    net, x = Bilinear().eval(), torch.randn(4, 6)
+    target, traced = get_target(name), trace(net, x)
+    assert target.legal(traced["head"]) == ()
+    assert min(min(bits) for bits in target.legal(traced["#0"])) >= 16
+    with pytest.raises(TargetError, match=r"'head' \(functional call with a weight\) has W4A8, which runs at no widths: skip it"):
+        target.check(traced, Policy(dict.fromkeys(traced.names, (32, 32))).replace({"head": Bits(4, 8)}))
+    with pytest.raises(TargetError, match="runs no functional call with a weight, such as 'head'; skip it"):
+        target.restrict(traced, build_choices(traced, (4, 32), (8, 32), pin_first="free", pin_last="free"))
+    some = trace(net, x, skip=["head"])
+    choices = target.restrict(some, build_choices(some, (4, 32), (8, 32), pin_first="free", pin_last="free"))
+    assert choices["#0"] == (Bits(32, 32),)
+    policy = Policy({site: allowed[0] for site, allowed in choices.items()})
+    quantized = quantize(net, policy, calibration=x, sites=some.sites, skip=some.skipped)
+    export(quantized, target.exporter, tmp_path / "m", example=x, policy=policy)
+
+
+def test_attention_that_a_packed_file_cannot_hold_is_named_by_its_module():
+    attention = trace(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)), torch.zeros(1, 3, 8))
+    policy = Policy(dict.fromkeys(attention.names, (4, 4)))
+    with pytest.raises(TargetError, match=r"'0.self_attn.in_proj_weight' \(functional call .*\) has W4A4, .*: skip '0.self_attn'"):
+        get_target("generic").check(attention, policy)
 
 
 def test_a_file_of_ones_own_is_a_target(tmp_path):

@@ -31,7 +31,8 @@ DTYPES: dict[torch.dtype, str] = {
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 DIGITS = 12  # of the longest offset that a header leaves room for
 LARGEST_LAYOUT = 1 << 24  # characters: what a damaged file can make us decompress
-SIGNED = ("format", "model", "layout", "bits", "layers")
+SIGNED = ("format", "model", "layout", "bits", "layers", "sample")
+"""Metadata that the checksum covers; files that were written before there were samples have none."""
 
 
 def pack_bits(values: Tensor, width: int) -> bytes:
@@ -100,7 +101,7 @@ def to_bytes(metadata: Mapping[str, str], blobs: Mapping[str, tuple[torch.dtype,
 
 
 def _checksum(metadata: Mapping[str, str], blobs: Any) -> str:
-    digest = hashlib.sha256("\n".join(metadata[key] for key in SIGNED).encode())
+    digest = hashlib.sha256("\n".join(metadata[key] for key in SIGNED if key in metadata).encode())
     for data in blobs:
         digest.update(data)
     return digest.hexdigest()

@@ -16,11 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from bitwright.errors import ExportError, PolicyError
 from bitwright.exporters import Reference
 from bitwright.exporters._container import BY_NAME, squeeze, unsqueeze
+from bitwright.exporters._sample import Sample
 from bitwright.policy import WIDTHS, Bits, Policy
 from bitwright.quant.functional import SIGNED_MIN, SIGNED_MIN_NARROW
 
 FORMAT = "bitwright-packed-1"
 MODEL_ROOM = 160  # characters kept for the model reference, so that a size is known before there is one
+SAMPLE_ROOM = 256  # likewise for the sample with its answer
 BatchNormMode = Literal["as-trained", "eval-vectors"]
 VECTORS = ("weight", "bias")
 STATISTICS = ("running_mean", "running_var")
@@ -120,6 +122,7 @@ class Content:
     policy: Policy
     vectors: tuple[str, ...]
     reference: Reference | None
+    sample: Sample | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """Return the strings that go into the header; their lengths are the same at every policy."""
@@ -137,6 +140,7 @@ class Content:
             "layout": squeeze(layout),
             "bits": "".join(_digits(bits) for bits in self.policy.values()),
             "layers": "".join(map(str, self.records)),
+            "sample": ("" if self.sample is None else str(self.sample)).ljust(SAMPLE_ROOM),
         }
 
     @classmethod
@@ -154,11 +158,12 @@ class Content:
             policy = Policy(zip(sites, bits, strict=True))
             vectors = tuple(str(name) for name in layout["vectors"])
             reference = None if model is None else (str(model[0]), dict(model[1]))
+            sample = Sample.parse(metadata.get("sample", ""))
             if len(slots) != len(records) or any(slot.same is not None and not 0 <= slot.same < i for i, slot in enumerate(slots)):
                 raise ValueError("its layers and their records do not match")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, PolicyError, RecursionError, zlib.error) as error:
             raise ExportError(f"damaged: its metadata do not parse ({type(error).__name__}: {str(error)[:80]})") from None
-        return cls(slots, records, kept, policy, vectors, reference)
+        return cls(slots, records, kept, policy, vectors, reference, sample)
 
 
 def _name(dtype: torch.dtype) -> str:

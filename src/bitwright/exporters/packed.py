@@ -8,7 +8,8 @@ A safetensors header entry takes about a hundred bytes a tensor, so tensors are 
   tensor (biases, BatchNorm); other data types have a blob of their name each.
 
 The metadata say what is where: ``layout`` (names and shapes, the same at every policy), ``bits`` (two digits a site, places in
-`bitwright.policy.WIDTHS`), ``layers`` (six characters each), ``model`` (its name and arguments) and ``sha256``.
+`bitwright.policy.WIDTHS`), ``layers`` (six characters each), ``model`` (its name and arguments), ``sample`` (inputs that anyone can make
+again, and some numbers of the network's answer; of a fixed length, blank where there is none) and ``sha256``.
 
 A code k stands for the weight (k + origin) · scale. Grids: *integer*, origin -2^(w-1), or -2^(w-1) + 1 where it is narrow;
 *half-integer*, origin -(2^w - 1)/2. `num_batches_tracked` of a BatchNorm is not kept: evaluation does not use it.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,11 +30,23 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bitwright import models
 from bitwright.errors import ExportError
-from bitwright.exporters import Check, Exporter, Reference, Source, Verification, check_policy, compare_outputs, outputs
+from bitwright.exporters import Check, Example, Exporter, Reference, Source, Verification, check_policy, compare_outputs, outputs
 from bitwright.exporters._container import DTYPES, header_room, pack_bits, raw, to_bytes
-from bitwright.exporters._format import VECTORS, BatchNormMode, Content, Kept, Record, Slot, kept_tensors, origin, vector_norms
-from bitwright.exporters._loading import load, read_policy
+from bitwright.exporters._format import (
+    SAMPLE_ROOM,
+    VECTORS,
+    BatchNormMode,
+    Content,
+    Kept,
+    Record,
+    Slot,
+    kept_tensors,
+    origin,
+    vector_norms,
+)
+from bitwright.exporters._loading import answer_on, load, read_policy
 from bitwright.exporters._loading import verify as verify_packed
+from bitwright.exporters._sample import SAMPLES, Sample
 from bitwright.policy import Bits, Policy
 from bitwright.quant.folding import Folded
 from bitwright.quant.functional_calls import named_quant_calls
@@ -107,6 +120,7 @@ class Packed(Exporter):
         scales += b"".join(item.activation for item in encoded)
         rest = _rest(source.model, list(layers), self.batchnorm)
         content = _content(slots, [item.record for item in encoded], rest, policy, source, self.batchnorm)
+        content = replace(content, sample=_sample(source))
         data = to_bytes(content.to_metadata(), _blobs(codes, scales, rest))
         write_bytes_atomic(path, data)
         tensors = sum(kept.size for kept in content.kept)
@@ -226,6 +240,35 @@ def _content(
 ) -> Content:
     kept = tuple(Kept.of(name, tensor) for name, tensor in rest.items())
     return Content(slots, tuple(records), kept, policy, vector_norms(source.model, mode), source.reference)
+
+
+def _sample(source: Source) -> Sample | None:
+    """Return some numbers of what the network answers to inputs like the example; None where it takes no such, or they have no room."""
+    inputs = _inputs_like(source.example)
+    try:
+        output = None if inputs is None else answer_on(source.model, Sample(inputs, (), ()))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # the network's own code: made up inputs may be none that it takes
+        return None
+    if inputs is None or output is None or not bool(torch.isfinite(output).all()):
+        return None
+    sample = Sample.of(inputs, output.float().numpy())
+    return sample if len(str(sample)) <= SAMPLE_ROOM else None
+
+
+def _inputs_like(example: Example) -> tuple[tuple[str, tuple[int, ...], str], ...] | None:
+    """Return name, shape and data type of an example's inputs, at most `SAMPLES` of a batch; None where one is no tensor."""
+    placed = example if isinstance(example, tuple) else (example,)
+    named = example.items() if isinstance(example, Mapping) else [("", value) for value in placed]
+    inputs = []
+    for name, value in named:
+        if (
+            not isinstance(value, Tensor)
+            or not str(value.dtype).startswith(("torch.float", "torch.int"))
+            or not (name or "x").isidentifier()
+        ):
+            return None
+        inputs.append((name, tuple(value[:SAMPLES].shape if value.dim() else ()), str(value.dtype).removeprefix("torch.")))
+    return tuple(inputs)
 
 
 def _blobs(codes: bytes, scales: bytes, rest: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:

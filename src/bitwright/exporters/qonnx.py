@@ -26,8 +26,9 @@ from bitwright.exporters import Check, Exporter, Source, Verification
 from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord
 from bitwright.exporters._graph import capture, run
-from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
+from bitwright.exporters._onnx_file import FORMAT, KEY, content_of_text, read_model, stamp, verify_file
 from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._quant_nodes import recount
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 from bitwright.exporters.onnx import QONNX_DOMAIN, Written, inputs_of, required, written
@@ -181,8 +182,22 @@ class Qonnx(Exporter):
 
     @classmethod
     def verify(cls, path: Path, model: Any = None) -> Verification:
-        """Read a file, count its levels and run it; raises `ExportError` with the reason for a damaged one."""
-        return replace(verify_file(required("onnx"), path, run_qonnx), to="qonnx")
+        """Read a file, compare the widths in its nodes with its policy, count its levels and run it.
+
+        Raises:
+            ExportError: it is damaged or tampered with, or does not keep its policy; the message says which.
+        """
+        onnx = required("onnx")
+        model = read_model(onnx, path)
+        content = content_of_text(path.name, {entry.key: entry.value for entry in model.metadata_props}[KEY])
+        try:
+            inputs = recount(onnx, model, content)
+        except ExportError as error:
+            raise ExportError(f"{path.name}: tampered with or damaged: {error}; export it again") from None
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ExportError(f"{path.name}: its metadata do not fit its graph ({type(error).__name__}: {str(error)[:80]})") from None
+        verified = verify_file(onnx, path, run_qonnx)
+        return replace(verified, to="qonnx", tensors=(*verified.tensors, *inputs))
 
     def _written(self, source: Source) -> Written:
         tools()

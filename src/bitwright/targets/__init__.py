@@ -93,6 +93,8 @@ class Target(_Strict):
         layers: what runs, by kind of layer. ``depthwise`` falls back to ``convolution``, ``transposed`` likewise; a kind that is
             not there does not run.
         pinned: ends with widths of their own.
+        functional_calls: whether a weight may be used by a call in a module's own forward, without a layer of its own, as
+            `nn.MultiheadAttention` does; a packed file has no place for such a call, at any width.
         one_float_type: whether a network there has one type for all that is not in integers, so that 16 and 32 bits do not go together.
         fusions: operations that run as one, for people.
         points: what else must be on a grid.
@@ -107,6 +109,7 @@ class Target(_Strict):
     latency: Literal["openvino", "onnxruntime"] | None = None
     layers: dict[LayerKind, tuple[Rule, ...]]
     pinned: Pins = Pins()
+    functional_calls: bool = True
     one_float_type: bool = False
     fusions: tuple[str, ...] = ()
     points: tuple[PointKind, ...] = ()
@@ -114,6 +117,8 @@ class Target(_Strict):
 
     def rules(self, site: Site) -> tuple[Rule, ...]:
         """Return what applies to a site."""
+        if not self.functional_calls and is_call(site):
+            return ()
         kind = kind_of(site)
         fallback: LayerKind = "convolution" if kind in ("depthwise", "transposed") else kind
         return self.layers.get(kind, self.layers.get(fallback, ()))
@@ -135,7 +140,8 @@ class Target(_Strict):
         """
         allowed = self.legal(site)
         if not allowed:
-            raise TargetError(f"target {self.name}: runs no {kind_of(site)}, such as '{site.name}'; skip it, or take another target")
+            found = f"runs no {self._named(site)}, such as '{site.name}'"
+            raise TargetError(f"target {self.name}: {found}; {_skip(site)}, or take another target")
         return _nearest(allowed, bits)
 
     def violations(self, trace: Trace, policy: Mapping[str, Bits]) -> tuple[Violation, ...]:
@@ -150,14 +156,14 @@ class Target(_Strict):
             allowed = (pins[site.name],) if site.name in pins else self.legal(site)
             allowed = tuple(pair for pair in allowed if not (mixed and 32 in pair)) or allowed
             if bits not in allowed:
-                found.append(Violation(site.name, kind_of(site), bits, _nearest(allowed, bits) if allowed else None))
+                found.append(Violation(site.name, self._named(site), bits, _nearest(allowed, bits) if allowed else None, _skip(site)))
         return tuple(found)
 
     def check(self, trace: Trace, policy: Mapping[str, Bits]) -> None:
         """Raise `TargetError` that names every site whose widths do not run, and the nearest that do."""
         found = self.violations(trace, policy)
         if found:
-            ends = [f"nearest {v.nearest!r}" if v.nearest else "which runs at no widths: skip it" for v in found]
+            ends = [f"nearest {v.nearest!r}" if v.nearest else f"which runs at no widths: {v.instead}" for v in found]
             listed = "; ".join(f"'{v.site}' ({v.kind}) has {v.bits!r}, {end}" for v, end in zip(found, ends, strict=True))
             raise TargetError(f"target {self.name}: {len(found)} of {len(policy)} sites do not run there: {listed}")
 
@@ -184,14 +190,18 @@ class Target(_Strict):
         if pin is not None:
             return (pin,)
         kept = tuple(bits for bits in asked if bits in allowed)
-        if not kept and len(asked) == 1:
-            return (self.nearest(site, asked[0]),)
+        if not kept and (len(asked) == 1 or not allowed):
+            return (self.nearest(site, asked[0]),)  # raises where nothing runs
         if not kept:
             wanted, known = ", ".join(map(repr, asked[:4])), ", ".join(map(repr, allowed[:8])) or "none"
             more = " …" if len(asked) > 4 else ""
             ask = "add such widths to search.weights and search.activations, or take another target"
             raise TargetError(f"target {self.name}: site '{site.name}' may be {wanted}{more}, and {known} run there; {ask}")
         return kept
+
+    def _named(self, site: Site) -> str:
+        """Return the kind of a site, for people."""
+        return "functional call with a weight" if not self.functional_calls and is_call(site) else kind_of(site)
 
     def widths(self) -> tuple[list[int], list[int]]:
         """Return all weight and all activation widths that run somewhere."""
@@ -201,12 +211,13 @@ class Target(_Strict):
 
 @dataclass(frozen=True)
 class Violation:
-    """A site whose widths do not run on a target, and the nearest that do; None where none do."""
+    """A site whose widths do not run on a target, and the nearest that do; None where none do, and then what to do instead."""
 
     site: str
     kind: str
     bits: Bits
     nearest: Bits | None
+    instead: str
 
 
 def kind_of(site: Site) -> LayerKind:
@@ -218,6 +229,17 @@ def kind_of(site: Site) -> LayerKind:
     if site.kind.startswith("conv"):
         return "depthwise" if site.groups > 1 and site.weight_shape[1] == 1 else "convolution"
     return "linear"
+
+
+def is_call(site: Site) -> bool:
+    """Return whether a site with a weight is, somewhere, a functional call (addressed ``owner#k``) and no layer."""
+    return site.operands == 1 and any("#" in layer for layer in site.layers)
+
+
+def _skip(site: Site) -> str:
+    """Return what to leave out where a site does not run: of a functional call the module that makes it."""
+    owner = next((layer.partition("#")[0] for layer in site.layers if "#" in layer), "")
+    return f"skip '{owner}'" if owner else "skip it"
 
 
 def _nearest(allowed: Sequence[Bits], bits: Bits) -> Bits:
