@@ -4,10 +4,11 @@
         [--rates 0.02 0.04 0.08] [--arms …] [--epochs 20] [--images N] [--set key=value …] [--runs runs/adaptive] [--name cifar10]
 
 Every arm keeps the recipe's budget of bit operations an image (the actor's own inside), takes as many sample-passes (a forward pass is
-one, a backward pass two; the neighbour that the pathwise gradient computes is one more) and has the same grid of learning rates, of which
+one, a backward pass two; the neighbour that the actor's gradient computes is one more) and has the same grid of learning rates, of which
 the mixed selection images choose one. Arms: ``uniform`` and ``sdq`` (static policies, trained on the same mixed data; the search counts),
 ``static`` (one policy for all inputs, learned by the adaptive code), ``random`` (every sample's widths drawn), ``controller`` (DQNet's
-kind), ``reinforce``, ``gaussian``, ``severity`` (told the true severity), ``dqmq``. ``permuted`` is dqmq with every image taking another
+kind), ``reinforce``, ``pathwise`` and ``gaussian`` (dqmq with another estimator or relaxation), ``severity`` (told the true severity),
+``dqmq``. ``permuted`` is dqmq with every image taking another
 one's decisions. What is in ``--runs`` already is not repeated, so several processes may share the work: a row that is being made is a
 folder with a lock. Writes results/adaptive-NAME.csv (a row per arm, seed, condition) and results/adaptive-NAME-summary.csv.
 """
@@ -47,6 +48,7 @@ from bitwright.training import FinetuneOptions, finetune
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "dqmq": {},
     "gaussian": {"relaxation": "gaussian"},
+    "pathwise": {"estimator": "pathwise"},
     "reinforce": {"estimator": "reinforce"},
     "controller": {"actor": "controller", "hot": 1.0, "cold": 1.0},
     "static": {"actor": "static"},

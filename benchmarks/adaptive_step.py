@@ -3,8 +3,9 @@
     python benchmarks/adaptive_step.py [--rounds 20] [--threads 1] [--device cpu] [--precision bfloat16] [--eager]
 
 The steps are those that the recipes run: forward, backward and optimizer, compiled, channels-last, batch 128 of random images.
-``static W3A3`` is plain quantization-aware training; ``pathwise`` computes the drawn width and one neighbour for every sample and
-site; ``drawn`` the drawn width alone (REINFORCE and random bits). A round times every variant once, and a ratio is taken within a
+``static W3A3`` is plain quantization-aware training; ``counterfactual`` runs the batch again with one site of each sample at another
+width; ``pathwise`` computes the drawn width and one neighbour for every sample and site; ``drawn`` the drawn width alone (REINFORCE
+and random bits). A round times every variant once, and a ratio is taken within a
 round. No variant may recompile while widths and temperatures change: that is an error here. On one thread of a CPU the time is that of
 the process, so that a busy machine does not disturb it. Writes results/adaptive-step-*.csv.
 """
@@ -21,9 +22,9 @@ from qat_step import median_interval, training_step
 from record import environment, write
 from torch import nn
 
-from bitwright.adaptive.network import Space, adapt
+from bitwright.adaptive.network import Mode, Space, adapt
 from bitwright.adaptive.relaxations import Draw
-from bitwright.adaptive.training import _sample_losses
+from bitwright.adaptive.training import _forced_losses, _sample_losses
 from bitwright.models import build
 from bitwright.policy import Bits, Policy
 from bitwright.quant import quantize
@@ -41,12 +42,15 @@ def adaptive_step(model: nn.Module, mode: str, options: FinetuneOptions, device:
     ends = (found.names[0], found.names[-1])
     choices = {name: [Bits(8, 8)] if name in ends else list(CHOICES) for name in found.names}
     net = adapt(model.to(device), Space.of(found, choices, 389_000_000), images).train()
-    net.mode = "pathwise" if mode == "pathwise" else "drawn"
+    modes: dict[str, Mode] = {"counterfactual": "probing", "pathwise": "pathwise", "drawn": "drawn"}
+    net.mode = modes[mode]
     set_memory_order(net, channels_last=options.channels_last)
     weights = build_optimizer(net, FinetuneOptions(lr=options.lr, low_bit_decay=False), without=list(net.actor.parameters()))
     actor = torch.optim.Adam(net.actor.parameters(), lr=1e-4)
     losses = _sample_losses(net, options)
-    run = torch.compile(losses, dynamic=False) if options.compile else losses
+    again = _forced_losses(net, options)
+    if options.compile:
+        losses, again = torch.compile(losses, dynamic=False), torch.compile(again, dynamic=False)
     x = images.contiguous(memory_format=torch.channels_last) if options.channels_last else images
     y, generator, count = torch.randint(0, 10, (128,), device=device), torch.Generator().manual_seed(0), [0]
 
@@ -54,9 +58,14 @@ def adaptive_step(model: nn.Module, mode: str, options: FinetuneOptions, device:
         count[0] += 1
         temperature = 5.0 / (1 + 0.1 * count[0])
         draw = Draw.of((len(net.space.names), 128, len(CHOICES)), generator, temperature, 1.0).to(device)
-        task, spent, logp = run(x, y, draw, None)
+        site = torch.randint(0, len(net.space.names), (128,), generator=generator).to(device)
+        task, spent, logp, other, gate = losses(x, y, draw, None, site)
         objective = task.mean() + 0.1 * spent.mean()
-        if mode != "pathwise":
+        if mode == "counterfactual":
+            with torch.no_grad(), net.replaying():
+                changed = again(x, y, other)
+            objective = objective + ((changed - task.detach()) * gate).mean()
+        if mode == "drawn":
             objective = objective + (task.detach() * logp).mean()
         float(objective.detach())
         objective.backward()
@@ -74,8 +83,7 @@ def variants(options: FinetuneOptions, device: torch.device) -> dict[str, Step]:
     static = quantize(build("cifar_resnet20"), policy, calibration=torch.randn(64, 3, 32, 32))
     return {
         "static W3A3": training_step(static, options, device),
-        "pathwise": adaptive_step(build("cifar_resnet20"), "pathwise", options, device),
-        "drawn": adaptive_step(build("cifar_resnet20"), "drawn", options, device),
+        **{mode: adaptive_step(build("cifar_resnet20"), mode, options, device) for mode in ("counterfactual", "pathwise", "drawn")},
     }
 
 

@@ -455,6 +455,98 @@ def quality_cost(rows: list[Row]) -> str:
     return f"## What mixed quality costs\n\n{text}\n\n{table(rows, columns)}\n"
 
 
+def estimators(rows: list[Row]) -> str:
+    """Return the section of the actor's gradients."""
+    near = {
+        "estimator": ("estimator", str),
+        "cosine of one draw": ("cosine_of_one", lambda v: number(v, 2)),
+        "of the mean": ("cosine_of_mean", number),
+        "its length": ("length", lambda v: number(v, 2)),
+        "draws": ("n", str),
+    }
+    planted = {
+        "estimator": ("estimator", str),
+        "finds who needs bits": ("found", lambda v: f"{percent(v, 0)} %"),
+        "top-1 %": ("top1", lambda v: percent(v, 1)),
+        "seeds": ("n", str),
+    }
+    tables = [table([row for row in rows if row["what"] == what], shown) for what, shown in (("three sites", near), ("planted", planted))]
+    text = (
+        "Against the gradient of the expected loss over all joint choices of three sites; length 1 is that gradient's. Then on planted "
+        "data, where half of the images need one bit and half four: how often an actor finds which."
+    )
+    return f"## Which gradient an actor learns from\n\n{text}\n\n" + "\n\n".join(tables) + "\n"
+
+
+def room(rows: list[Row]) -> str:
+    """Return the section of what bits that follow quality could gain."""
+    widths = [name.removeprefix("top1_") for name in rows[0] if name.startswith("top1_")]
+    seeds = [row for row in rows if row["quality"] != "gain in points"]
+    names = list(dict.fromkeys(row["quality"] for row in seeds))
+    shown = []
+    for name in names:
+        own = [row for row in seeds if row["quality"] == name]
+        means = {width: str(sum(float(row[f"top1_{width}"]) for row in own) / len(own)) for width in widths}
+        shown.append({"quality": name, "share": own[0]["share"], **means})
+    columns: dict[str, tuple[str, Callable[[str], str]]] = {"quality": ("quality", str), "share %": ("share", lambda v: percent(v, 1))}
+    columns |= {f"{width}, %": (width, lambda v: percent(v, 1)) for width in widths}
+    gains = ", ".join(f"{float(row['gain']):+.2f}" for row in rows if row.get("gain"))
+    text = (
+        "One network a uniform width, trained alike on the mix, and what it does with each corruption and severity (mean over seeds). "
+        "Were the quality of every image known and the best width taken for it, at no more than the mean cost of uniform 2 bits, the gain "
+        f"over 2 bits for all would be, seed by seed, in points: {gains}. Widths are chosen on one half of the test images and judged on "
+        "the other."
+    )
+    return f"## How much bits that follow quality could gain\n\n{text}\n\n{table(shown, columns)}\n"
+
+
+def adaptive(rows: list[Row]) -> str:
+    """Return the section of input-adaptive bits beside static ones."""
+    arms = [{**row, "gain": _plus_minus(row, "gain_points", "gain_interval")} for row in rows if row["what"] == "mixed accuracy"]
+    columns = {
+        "arm": ("name", str),
+        "mixed, top-1 %": ("mean", percent),
+        "± (95 %)": ("interval", percent),
+        "share of the budget": ("share", number),
+        "over the best static, points": ("gain", str),
+        "seeds": ("n", str),
+    }
+    own = [
+        {**row, "gain": f"{100 * float(row['mean']):+.2f} [{100 * float(row['low']):+.2f}, {100 * float(row['high']):+.2f}]"}
+        for row in rows
+        if row["what"].startswith("own over permuted")
+    ]
+    trends = [
+        {**row, "interval": f"[{number(row['low'], 2)}, {number(row['high'], 2)}]"} for row in rows if row["what"].startswith("spearman")
+    ]
+    rival = next((row["rival"] for row in arms if row["rival"]), "")
+    parts = [
+        "## Input-adaptive bits beside static ones",
+        f"Equal budgets, sample-passes and learning rates; the best static arm is `{rival}`.",
+        table(arms, columns),
+        "Each image's own decisions against another image's, points:",
+        table(own, {"seed": ("what", lambda v: v.rpartition(" ")[2]), "gain": ("gain", str)}),
+        "Rank correlation of an image's mean bits with its severity:",
+        table(
+            trends,
+            {
+                "seed": ("what", lambda v: v.rpartition(" ")[2]),
+                "corruption": ("name", str),
+                "Spearman": ("mean", lambda v: number(v, 2)),
+                "95 %": ("interval", str),
+            },
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plus_minus(row: Row, value: str, interval: str) -> str:
+    if not row.get(value):
+        return ""
+    half = row.get(interval, "nan")
+    return f"{float(row[value]):+.2f}" + (f" ± {float(half):.2f}" if half not in ("", "nan") else "")
+
+
 SECTIONS = {
     "compare-cifar10-resnet20": compared,
     "compare-resnet8": compared,
@@ -475,6 +567,9 @@ SECTIONS = {
     "additivity": additive,
     "corruptions-parity": parity,
     "quality-cost": quality_cost,
+    "adaptive-estimators": estimators,
+    "adaptive-room-fashion": room,
+    "adaptive-fashion-summary": adaptive,
     "latency": predicted_latency,
     "mixed-latency": mixtures,
 }

@@ -21,8 +21,7 @@ N, S, K = 12, 3, 3
 CHOICES = [Bits(2, 2), Bits(3, 3), Bits(4, 4)]
 
 
-@pytest.fixture(scope="module")
-def setting() -> tuple[AdaptiveNet, Tensor, Tensor]:
+def three_sites() -> tuple[AdaptiveNet, Tensor, Tensor]:
     """Return three convolutions that decide, in evaluation statistics, with a row of scores for every sample."""
     torch.manual_seed(0)
     parts = [nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU()]
@@ -37,6 +36,11 @@ def setting() -> tuple[AdaptiveNet, Tensor, Tensor]:
     with torch.no_grad():
         net.actor.scores_of.normal_(std=0.5)
     return net.train(), x, y
+
+
+@pytest.fixture(scope="module")
+def setting() -> tuple[AdaptiveNet, Tensor, Tensor]:
+    return three_sites()
 
 
 def losses(net: AdaptiveNet, x: Tensor, y: Tensor, **how: object) -> Tensor:
@@ -128,15 +132,52 @@ def test_the_pathwise_gradient_points_down_the_expected_loss(setting, record_pro
     assert cosine(mean, truth) > 0.6
 
 
+def difference(net: AdaptiveNet, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    """Return one estimate by running the batch again with one site of each sample at its neighbour's width."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = Draw.of((S, N, K), generator, 1.0, 1.0)
+    net.mode = "probing"
+    value = losses(net, x, y, draw=draw).detach()
+    other, gate = net.changed(torch.randint(0, S, (N,), generator=generator))
+    with torch.no_grad(), net.replaying():
+        changed = losses(net, x, y, forced=other)
+    return torch.autograd.grad((S * (changed - value) * gate).sum(), net.actor.scores_of)[0]
+
+
+def test_the_counterfactual_gradient_is_nearer_the_expected_loss(setting, record_property) -> None:
+    net, x, y = setting
+    truth = exact(net, x, y)
+    mean = torch.stack([difference(net, x, y, seed) for seed in range(400)]).mean(0)
+    draws = [Draw.of((S, N, K), torch.Generator().manual_seed(k), 1.0, 1.0) for k in range(400)]
+    linear = torch.stack([estimate(net, x, y, draw) for draw in draws]).mean(0)
+    record_property("cosine with the exact gradient", cosine(mean, truth))
+    record_property("norm over the exact gradient's", float(mean.norm() / truth.norm()))
+    assert cosine(mean, truth) > 0.96
+    assert cosine(mean, truth) > cosine(linear, truth) + 0.01
+
+
+def test_a_neighbour_differs_at_one_site(setting) -> None:
+    net, x, y = setting
+    net.mode = "probing"
+    site = torch.arange(N) % S
+    losses(net, x, y, draw=Draw.of((S, N, K), torch.Generator().manual_seed(0), 1.0, 1.0))
+    other, gate = net.changed(site)
+    assert ((other != net.taken()).sum(0) == 1).all()
+    assert (other != net.taken())[site, torch.arange(N)].all()
+    assert (gate.detach() == 0).all()
+
+
+def scored(net: AdaptiveNet, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+    """Return one estimate by REINFORCE."""
+    net.mode = "drawn"
+    value = losses(net, x, y, draw=draw).detach()
+    return torch.autograd.grad(((value - value.mean()) * net.log_probability()).sum(), net.actor.scores_of)[0]
+
+
 def test_reinforce_is_unbiased_but_rough(setting, record_property) -> None:
     net, x, y = setting
     truth = exact(net, x, y)
-    net.mode = "drawn"
-    found = []
-    for k in range(120):
-        draw = Draw.of((S, N, K), torch.Generator().manual_seed(k), 1.0, 1.0)
-        value = losses(net, x, y, draw=draw).detach()
-        found.append(torch.autograd.grad(((value - value.mean()) * net.log_probability()).sum(), net.actor.scores_of)[0])
+    found = [scored(net, x, y, Draw.of((S, N, K), torch.Generator().manual_seed(k), 1.0, 1.0)) for k in range(120)]
     rough = torch.stack([torch.tensor(cosine(one, truth)) for one in found]).mean()
     record_property("cosine of one draw", float(rough))
     assert cosine(torch.stack(found).mean(0), truth) > 0.4

@@ -54,6 +54,15 @@ def test_what_does_not_see_the_input_is_worse(kind: Any, monkeypatch: pytest.Mon
     assert not any("degenerate" in alarm for alarm in history.alarms)  # an actor that reads nothing cannot be
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_that_does_not_hang_on_a_seed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    net, _ = trained(case, AdaptiveOptions(), seed=seed)
+    index = decisions(net, case.held_out)[1]
+    assert index[0, 1::2].double().mean() - index[0, 0::2].double().mean() > 0.7
+    assert accuracy(net, case) > 0.85
+
+
 def test_reinforce_learns_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     case = planted(monkeypatch)
     net, _ = trained(case, AdaptiveOptions(estimator="reinforce"))

@@ -247,7 +247,10 @@ class Actor(nn.Module, ABC):
 
 
 class Layerwise(Actor):
-    """Ours: an embedding of the image's quality, joined at every site with the statistics of the site's own input."""
+    """Ours: an embedding of the input's quality, joined at every site with the statistics of the site's own input.
+
+    The embedding is taken from the image and from the features that the first deciding site reads, which are the stem's.
+    """
 
     def __init__(self, inputs: Sequence[SiteInput], image: tuple[int, ...], outputs: int, options: ActorOptions):
         super().__init__(len(inputs), outputs)
@@ -255,21 +258,26 @@ class Layerwise(Actor):
         quality, project, hidden = options.quality, options.project, options.hidden
         features = image_features(image)
         self.standard = Standard(features)
-        self.embed = Dense(features, quality)
+        self.embed = Dense(features + 2 * inputs[0].channels, quality)
         self.standards = nn.ModuleList(Standard(2 * site.channels) for site in inputs)
         self.projections = nn.ModuleList(Dense(2 * site.channels, project) for site in inputs)
         self.hidden = nn.ModuleList(Dense(quality + project, hidden) for _ in inputs)
         self.heads = nn.ModuleList(Dense(hidden, outputs, gain=0.5) for _ in inputs)
+        self._quality: Tensor | None = None
 
     def begin(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        """Return the codes of the quality embedding, ``[N, quality]``."""
-        return rectified(self.embed(self.standard(image_statistics(x))))
+        """Return the codes of the image's statistics, ``[N, features]``."""
+        seen: Tensor = self.standard(image_statistics(x))
+        return seen
 
     def scores(self, site: int, x: Tensor, seen: Tensor | None, condition: Tensor | None) -> Tensor:
-        """Return the outputs of a site's head."""
-        assert seen is not None
+        """Return the outputs of a site's head; the first one to ask brings the stem's features."""
         statistics = self.standards[site](layer_statistics(x, self.inputs[site], self.options.looks))
-        joined = torch.cat([seen, rectified(self.projections[site](statistics))], 1)
+        if site == 0:
+            assert seen is not None
+            self._quality = rectified(self.embed(torch.cat([seen, statistics], 1)))
+        assert self._quality is not None
+        joined = torch.cat([self._quality, rectified(self.projections[site](statistics))], 1)
         scores: Tensor = self.heads[site](rectified(self.hidden[site](joined)))
         return scores
 

@@ -68,6 +68,7 @@ class Pass:
         owed: outputs of neighbours that a normalisation has yet to take, by layer.
         interpolate: outputs of the two widths are mixed, and both are trained.
         trust: a gate's gradient counts for no more than this: the linear estimate of a large step means little.
+        replay: a pass of the same batch again: normalisation in training takes the statistics of the pass before, and moves none.
         ledger: counts executions, where it is set.
     """
 
@@ -77,6 +78,7 @@ class Pass:
         self.owed: dict[str, Tensor] = {}
         self.interpolate = False
         self.trust = math.inf
+        self.replay = False
         self.ledger: Ledger | None = None
 
     def reset(self) -> None:
@@ -247,6 +249,8 @@ class SwitchableNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    last_mean: Tensor
+    last_var: Tensor
     decays: ClassVar[bool] = False
 
     def __init__(self, norm: BatchNorm, count: int, site: int, layer: str, shared: Pass):
@@ -261,12 +265,14 @@ class SwitchableNorm(nn.Module):
         self.bias = nn.Parameter(bias.repeat(count, 1))
         self.register_buffer("running_mean", norm.running_mean.repeat(count, 1))
         self.register_buffer("running_var", norm.running_var.repeat(count, 1))
+        self.register_buffer("last_mean", self.running_mean.clone(), persistent=False)
+        self.register_buffer("last_var", self.running_var.clone(), persistent=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise each sample ``[N, C, …]`` by the statistics of its choice, and settle the neighbour's share."""
         decision = self.shared.decisions[self.site]
         assert decision is not None
-        mean, var = self._batch(y, decision.index) if self.training else (self.running_mean, self.running_var)
+        mean, var = self._statistics(y, decision.index)
         slope = self.weight * (var + self.eps).rsqrt()
         offset = self.bias - mean * slope
         out = affine(y, slope, offset, decision.index)
@@ -275,6 +281,11 @@ class SwitchableNorm(nn.Module):
             return out
         changed = affine(other, slope, offset, decision.other)
         return mix(out, changed, decision.gate, attached=self.shared.interpolate, trust=self.shared.trust)
+
+    def _statistics(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return self.running_mean, self.running_var
+        return (self.last_mean, self.last_var) if self.shared.replay else self._batch(y, index)
 
     def _batch(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of every choice ``[K, C]`` and move the running ones."""
@@ -294,6 +305,8 @@ class SwitchableNorm(nn.Module):
             share = self.momentum * (size * count / len(y)).clamp_max(1.0)
             self.running_mean.copy_(mean0 + share * (mean.detach() - mean0))
             self.running_var.copy_(var0 + share * (var.detach() - var0))
+            self.last_mean.copy_(mean.detach())
+            self.last_var.copy_(var.detach())
         return mean, var
 
     def plain(self, choice: int) -> BatchNorm:

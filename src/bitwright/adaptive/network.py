@@ -27,7 +27,7 @@ from bitwright.quant.quantizers import LSQActivation, LSQWeight
 if TYPE_CHECKING:
     from bitwright.sites import Site, Trace
 
-Mode = Literal["settled", "pathwise", "drawn"]
+Mode = Literal["settled", "pathwise", "probing", "drawn"]
 CALIBRATION = 64
 """Images that step sizes start from; normalisation and the actor see all that are given."""
 
@@ -167,7 +167,7 @@ class AdaptiveNet(nn.Module):
                 return Decision(self._settle(site, scores))
             chosen = self._relaxed(site, scores, self._draw)
         self._chosen.append(chosen)
-        return chosen.decision
+        return Decision(chosen.decision.index) if self.mode == "probing" else chosen.decision
 
     def _worth(self, site: int) -> Tensor:
         """Return what a unit of price takes from each output: the choice's cost, in shares of what a mean site can move."""
@@ -209,7 +209,7 @@ class AdaptiveNet(nn.Module):
         return settled(scores, self.shares[site], self.relaxation)
 
     def _relaxed(self, site: int, scores: Tensor, draw: Draw) -> Chosen:
-        costs, pathwise = self.shares[site], self.mode == "pathwise"
+        costs, pathwise = self.shares[site], self.mode != "drawn"
         if self.relaxation == "concrete":
             return concrete(scores, costs, draw.gumbel[site], draw.uniform[site], draw, pathwise=pathwise)
         return gaussian(scores, costs, draw.normal[site], draw.uniform[site], draw, pathwise=pathwise, interpolate=self.interpolate)
@@ -231,6 +231,36 @@ class AdaptiveNet(nn.Module):
     def cost_of(self, index: Tensor) -> Tensor:
         """Return the share of the budget that the deciding sites take at some choices ``[S, N]``, ``[N]``."""
         return self.shares.to(index.device).gather(1, index).sum(0)
+
+    def changed(self, site: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the choices of the last pass, each sample's neighbour at one site, and the gates of those neighbours.
+
+        Args:
+            site: which site of each sample changes, int64 ``[N]``.
+
+        Returns:
+            Choices ``[S, N]`` to be forced, and gates ``[N]``: zero, with the gradient of the neighbour's probability over its own draw.
+        """
+        chosen = [one.decision for one in self._chosen]
+        others = torch.stack([decision.other for decision in chosen if decision.other is not None])
+        gates = torch.stack([decision.gate for decision in chosen if decision.gate is not None])
+        at = torch.arange(len(others), device=site.device)[:, None] == site
+        return torch.where(at, others, self.taken()), (gates * at).sum(0)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Run a training batch again, for a while: as it was normalised, and without a trace in any statistics."""
+        plain = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        momenta = [module.momentum for module in plain]
+        self._shared.replay = True
+        for module in plain:
+            module.momentum = 0.0
+        try:
+            yield
+        finally:
+            self._shared.replay = False
+            for module, momentum in zip(plain, momenta, strict=True):
+                module.momentum = momentum
 
     @contextmanager
     def counting(self) -> Iterator[Ledger]:

@@ -2,8 +2,9 @@ r"""Joint training of an adaptive network and its actor: the hybrid objective, i
 
 .. math:: \min_{\theta,\phi} \mathrm E_{x,a\sim\pi_\phi}\,[\,\mathrm{CE}(f_\theta(x;a), y) + \lambda\,(C(a) - B)/(C_{max} - C_{min})\,]
 
-The quantized network is the known model of what a decision leads to, so the gradient in :math:`\phi` is taken through it (pathwise);
-the weights :math:`\theta` learn from the same loss. Published (Wang et al., 2023): a hybrid of model-based policy optimisation and
+The quantized network is the known model of what a decision leads to, so the gradient in :math:`\phi` asks it: by another decision at one
+site (counterfactual), or to first order by the gradient through it (pathwise); the weights :math:`\theta` learn from the same loss.
+Published (Wang et al., 2023): a hybrid of model-based policy optimisation and
 supervised quantization training with an objective of task and benefit. Reconstructed: its form, all schedules and all numbers.
 """
 
@@ -14,17 +15,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright import runs
-from bitwright.adaptive.actor import ActorOptions, Kind, Relaxation
-from bitwright.adaptive.network import AdaptiveNet
+from bitwright.adaptive.actor import ActorOptions, Kind, Relaxation, Table
+from bitwright.adaptive.network import AdaptiveNet, Mode
 from bitwright.adaptive.promise import Promise, check, settle_price
 from bitwright.adaptive.relaxations import Draw
+from bitwright.allocation import allocate
 from bitwright.data.quality import MixedSplit
 from bitwright.data.splits import Split
 from bitwright.errors import RunError, TrainingError
@@ -40,7 +42,11 @@ from bitwright.training.finetune import (
     steps_in,
 )
 
+Estimator = Literal["counterfactual", "pathwise", "reinforce"]
+ESTIMATORS: tuple[Estimator, ...] = ("counterfactual", "pathwise", "reinforce")
 CHECKPOINT = "checkpoint/adaptive.safetensors"
+FIRM = 10.0
+"""Score of a choice that is no longer to be reconsidered."""
 PULL = 1.0
 """How much of the present excess over the budget is added to its integral in λ."""
 UNUSED = ("ema", "bins", "mixup", "stop_at")
@@ -56,7 +62,9 @@ class AdaptiveOptions:
     Attributes:
         actor: what decides: ``layerwise``, ``controller``, ``static``, ``random`` or ``severity``; see `ActorOptions`.
         relaxation: ``concrete`` or ``gaussian``.
-        estimator: ``pathwise``, through the network; or ``reinforce``, from losses alone (Williams, 1992), with a running mean as baseline.
+        estimator: what tells the actor its gradient. ``counterfactual`` runs the batch once more with one site of each sample at another
+            width and takes the difference of losses; ``pathwise`` takes that difference to first order, at every site, from the gradient
+            that passes through the network; ``reinforce`` has losses alone (Williams, 1992), with a running mean as baseline.
         quality: features of the actor's image embedding.
         project: features of its layer statistics.
         hidden: units of its hidden layers.
@@ -79,7 +87,7 @@ class AdaptiveOptions:
 
     actor: Kind = "layerwise"
     relaxation: Relaxation = "concrete"
-    estimator: Literal["pathwise", "reinforce"] = "pathwise"
+    estimator: Estimator = "counterfactual"
     quality: int = 16
     project: int = 16
     hidden: int = 16
@@ -99,8 +107,8 @@ class AdaptiveOptions:
 
     def __post_init__(self) -> None:
         self.actor_options()
-        if self.estimator not in ("pathwise", "reinforce"):
-            raise TrainingError(f"adaptive option estimator='{self.estimator}' is unknown; use pathwise or reinforce")
+        if self.estimator not in ESTIMATORS:
+            raise TrainingError(f"adaptive option estimator='{self.estimator}' is unknown; use {', '.join(ESTIMATORS[:-1])} or reinforce")
         shares = (self.warmup, self.quiet, self.final, self.interpolate, self.baseline)
         if not all(0 <= share < 1 for share in shares) or self.warmup + self.final >= 1:
             raise TrainingError("adaptive options warmup, quiet, final, interpolate and baseline are in [0, 1), and warmup + final below 1")
@@ -195,7 +203,8 @@ def train_adaptive(
         bad = next((name for name, value in net.state_dict().items() if not bool(torch.isfinite(value).all())), None)
         if bad is not None:
             raise TrainingError(f"after the last step '{bad}' holds values that are not finite; lower finetune.lr or check the data")
-        settle_price(net, data.take(options.settle))
+        if not _one_policy(net):
+            settle_price(net, data.take(options.settle))
         promise = check(net, held_out, seed=seed)
     set_memory_order(net.eval(), channels_last=False)
     progress = trainer.progress
@@ -225,8 +234,9 @@ class _Trainer:
         self.optimizer = build_optimizer(net, plain, without=list(net.actor.parameters()))
         self.actor_optimizer = torch.optim.Adam(actor, lr=options.actor_lr, betas=(0.9, 0.99)) if actor else None
         self.epoch_steps, self.steps = steps_in(data, training)
+        self.final_step = math.ceil(self.steps * (1 - options.final))
         self.progress = self._resume()
-        self.losses: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self.losses: dict[str, Callable[..., Any]] = {}
 
     def run(self, log: Log | None) -> None:
         """Run the steps that are left."""
@@ -250,22 +260,45 @@ class _Trainer:
         progress, options, net = self.progress, self.options, self.net
         share = progress.step / self.steps
         warm = share < options.warmup
+        if progress.step == self.final_step and _one_policy(net):
+            _fix_policy(net)
         x, y, condition = self._batch()
-        net.mode = "drawn" if options.estimator == "reinforce" or options.actor == "random" else "pathwise"
+        net.mode = self._mode()
         net.interpolate = net.mode == "pathwise" and options.relaxation == "gaussian" and share < options.interpolate
         net.trust(options.trust / len(x))  # the loss is a mean over samples
         draw = self._draw(len(x), share, heed=not warm)
         self._rates()
-        losses, cost, logp = self._loss_of()(x, y, draw, condition)
+        site = self._probed(len(x))
+        losses, cost, logp, other, gate = self._loss_of()(x, y, draw, condition, site)
         task, spent = losses.mean(), cost.mean()
         over = (cost - 1) / net.span  # in units of what decisions can change, whatever the pinned sites and the actor take
         objective = task if warm else task + progress.strength * over.mean()
         if not warm and net.mode == "drawn" and self.actor_optimizer is not None:
             objective = task + self._score_function(losses.detach() + progress.strength * over.detach(), logp)
+        if not warm and net.mode == "probing":
+            objective = objective + self._differences(x, y, losses.detach(), other, gate)
         self._take(objective, x, draw, condition, warm=warm)
-        self._control(float(spent.detach()), warm=warm, fixed=share >= 1 - options.final)
+        self._control(float(spent.detach()), warm=warm, fixed=progress.step >= self.final_step)
         for name, value in (("loss", float(task.detach())), ("spent", float(spent.detach()))):
             progress.sums[name] = progress.sums.get(name, 0.0) + value
+
+    def _mode(self) -> Mode:
+        if self.options.estimator == "reinforce" or self.options.actor == "random":
+            return "drawn"
+        return "probing" if self.options.estimator == "counterfactual" else "pathwise"
+
+    def _probed(self, samples: int) -> Tensor:
+        """Return the site of each sample that is looked at in this step."""
+        generator = torch.Generator().manual_seed(mix(self.seed, self.progress.step, 5))
+        return torch.randint(0, len(self.net.space.names), (samples,), generator=generator).to(self.device)
+
+    def _differences(self, x: Tensor, y: Tensor, losses: Tensor, other: Tensor, gate: Tensor) -> Tensor:
+        """Return what has the gradient of the expected loss: the batch runs again, one site of each sample at its neighbour's width."""
+        with torch.no_grad(), self.net.replaying():
+            changed: Tensor = self._again()(x, y, other)
+        trust, sites = self.options.trust, len(self.net.space.names)
+        surrogate: Tensor = sites * ((changed - losses).clamp(-trust, trust) * gate).mean()
+        return surrogate
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the augmented batch of a step and the severities; they depend on the seed and the step alone."""
@@ -298,11 +331,18 @@ class _Trainer:
             for group in self.actor_optimizer.param_groups:
                 group["lr"] = self.options.actor_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, joint))))
 
-    def _loss_of(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """Return what gives every sample's loss, cost and log-probability, compiled once for each way of running where it is asked for."""
-        key = f"{self.net.mode} {self.net.interpolate}"
+    def _loss_of(self) -> Callable[..., Any]:
+        """Return what gives every sample's loss and cost, see `_sample_losses`."""
+        return self._compiled(f"{self.net.mode} {self.net.interpolate}", _sample_losses)
+
+    def _again(self) -> Callable[..., Any]:
+        """Return what gives every sample's loss at forced choices."""
+        return self._compiled("again", _forced_losses)
+
+    def _compiled(self, key: str, make: Callable[[AdaptiveNet, FinetuneOptions], Callable[..., Any]]) -> Callable[..., Any]:
+        """Return a way of running, compiled once where that is asked for."""
         if key not in self.losses:
-            loss = _sample_losses(self.net, self.training)
+            loss = make(self.net, self.training)
             self.losses[key] = torch.compile(loss, dynamic=False) if self.training.compile else loss
         return self.losses[key]
 
@@ -338,7 +378,7 @@ class _Trainer:
             return
         if fixed:
             progress.strength = progress.integral  # without the part that follows the last few steps
-            if progress.step % max(1, self.steps // 200) == 0:
+            if progress.step % max(1, self.steps // 200) == 0 and not _one_policy(self.net):
                 self.net.actor.price += 0.2 * (progress.mean_cost - 1) / self.net.span
             return
         excess = (progress.mean_cost - 1) / self.net.span
@@ -403,6 +443,23 @@ class _Trainer:
         return _Progress(**tree["progress"])
 
 
+def _one_policy(net: AdaptiveNet) -> bool:
+    """Return whether one learned policy is taken for all inputs: no price can split the last of its budget among them."""
+    actor = net.actor
+    return isinstance(actor, Table) and len(actor.scores_of) == 1 and not net.draws and net.relaxation == "concrete"
+
+
+def _fix_policy(net: AdaptiveNet) -> None:
+    """Let a table of one policy take, from now on, the choices within the budget whose scores sum to the most."""
+    actor, space = cast(Table, net.actor), net.space
+    scores = actor.scores_of.detach()[0].cpu()
+    chosen = allocate((-scores).tolist(), [space.terms.long().tolist()], [space.limit - space.fixed])
+    with torch.no_grad():
+        actor.price.zero_()
+        actor.scores_of.zero_()
+        actor.scores_of[0, torch.arange(len(chosen)), torch.tensor(chosen)] = FIRM
+
+
 class _Bound(torch.nn.Module):
     """A network with the draws of one step, for whoever only has images."""
 
@@ -416,16 +473,33 @@ class _Bound(torch.nn.Module):
         return logits
 
 
-def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return a function of a batch and its draws that gives each sample's loss, share of the budget and log-probability of its choices."""
+def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Return a function of a batch and its draws.
+
+    It gives each sample's loss, its share of the budget, the log-probability of its choices (zero unless widths are drawn), and in the mode
+    ``probing`` the choices with one neighbour and that neighbour's gate.
+    """
     half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
 
-    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None, site: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             logits = net(x, draw=draw, condition=condition).float()
         task = F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
         logp = net.log_probability() if net.mode == "drawn" else torch.zeros_like(task)
-        return task, net.spent(), logp
+        other, gate = net.changed(site) if net.mode == "probing" else (net.taken(), torch.zeros_like(task))
+        return task, net.spent(), logp, other, gate
+
+    return losses
+
+
+def _forced_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return a function that gives each sample's loss at the choices it is told."""
+    half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
+
+    def losses(x: Tensor, y: Tensor, forced: Tensor) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=half):
+            logits = net(x, forced=forced).float()
+        return F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
 
     return losses
 
