@@ -1,14 +1,14 @@
 """How much could bits that follow quality gain at all? A network at each uniform width, and the best width for each quality.
 
     python benchmarks/adaptive_room.py --data-root DATA --recipe fashion-resnet8-dqmq [--weights FILE] [--budgets W1A1 W2A2 W3A3 W4A4]
-        [--at W2A2] [--epochs 6] [--seeds 0 1 2]
+        [--at W2A2 W3A3] [--epochs 6] [--seeds 0 1 2]
 
 Trains the recipe's network on its mixed data at every uniform width (as the arm ``uniform`` of benchmarks/adaptive.py) and looks at each
 corruption and severity of the mix. Then, as if quality were known and a network of every width were at hand, it takes for each quality
-the width that gives the highest mean accuracy at no more than the mean cost of ``--at``: widths by a Lagrange multiplier. What that
-gains over ``--at`` for all images is the room for bits that follow corruption and severity and nothing else of an image. Half of the test
-images choose the widths and the other half says what they gain, and the halves change places. Writes results/adaptive-room-NAME.csv: a row
-per seed and quality with the accuracy at each width, and one a seed with the gain.
+the width that gives the highest mean accuracy at no more than the mean cost of each of ``--at``: widths by a Lagrange multiplier. What
+that gains over this width for all images is the room for bits that follow corruption and severity and nothing else of an image. Half of
+the test images choose the widths and the other half says what they gain, and the halves change places. Writes
+results/adaptive-room-NAME.csv: a row per seed and quality with the accuracy at each width, and one a seed and cost with the gain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from record import environment, mean_interval, write
+from record import environment, write
 
 from adaptive import job_of, options_of, threads
 from bitwright.costs import BitOps
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="the trained float network; by default the recipe trains one")
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptive-room"))
     parser.add_argument("--budgets", nargs="+", default=["W1A1", "W2A2", "W3A3", "W4A4"])
-    parser.add_argument("--at", default="W2A2", help="the width whose cost is to be kept")
+    parser.add_argument("--at", nargs="+", default=["W2A2", "W3A3"], help="the widths whose cost is to be kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, default=0.04)
     parser.add_argument("--epochs", type=float, default=6.0)
@@ -108,20 +108,21 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the recipe")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    made_by, rows, gains = environment(), [], []
+    if not set(arguments.at) <= set(arguments.budgets):
+        parser.error(f"--at {' '.join(arguments.at)}: each must be among --budgets {' '.join(arguments.budgets)}")
+    made_by, rows = environment(), []
     for seed in arguments.seeds:
         found = {budget: seen(budget, seed, arguments) for budget in arguments.budgets}
         costs = np.array([found[budget][0] for budget in arguments.budgets])
-        shares = found[arguments.at][2]
+        shares = found[arguments.at[0]][2]
         correct = {quality: [found[budget][1][quality] for budget in arguments.budgets] for quality in shares}
         for quality, share in shares.items():
             top1 = {f"top1_{b}": float(one.double().mean()) for b, one in zip(arguments.budgets, correct[quality], strict=True)}
             rows.append({"seed": seed, "quality": quality, "share": share, "n": arguments.probe, **top1, **made_by})
-        gains.append(gain(correct, costs, shares, arguments.budgets.index(arguments.at)))
-        rows.append({"seed": seed, "quality": "gain in points", "n": arguments.probe, "gain": gains[-1], **made_by})
-        print(f"seed {seed}: the best width for each quality gains {gains[-1]:+.2f} points at the cost of {arguments.at}", flush=True)
-    if len(gains) > 1:
-        rows.append({"seed": "mean", "quality": "gain in points", **{f"gain_{k}": v for k, v in mean_interval(gains).items()}, **made_by})
+        for at in arguments.at:
+            points = gain(correct, costs, shares, arguments.budgets.index(at))
+            rows.append({"seed": seed, "quality": "gain in points", "at": at, "n": arguments.probe, "gain": points, **made_by})
+            print(f"seed {seed}: the best width for each quality gains {points:+.2f} points at the cost of {at}", flush=True)
     print(write(f"adaptive-room-{arguments.name}", rows))
 
 

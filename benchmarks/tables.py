@@ -490,12 +490,16 @@ def room(rows: list[Row]) -> str:
         shown.append({"quality": name, "share": own[0]["share"], **means})
     columns: dict[str, tuple[str, Callable[[str], str]]] = {"quality": ("quality", str), "share %": ("share", lambda v: percent(v, 1))}
     columns |= {f"{width}, %": (width, lambda v: percent(v, 1)) for width in widths}
-    gains = ", ".join(f"{float(row['gain']):+.2f}" for row in rows if row.get("gain"))
+    gains: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("gain"):
+            gains.setdefault(row["at"], []).append(f"{float(row['gain']):+.2f}")
+    told = "; ".join(f"at the cost of {at} {', '.join(values)}" for at, values in gains.items())
     text = (
         "One network a uniform width, trained alike on the mix, and what it does with each corruption and severity (mean over seeds). "
-        "Were the quality of every image known and the best width taken for it, at no more than the mean cost of uniform 2 bits, the gain "
-        f"over 2 bits for all would be, seed by seed, in points: {gains}. Widths are chosen on one half of the test images and judged on "
-        "the other."
+        "Were the quality of every image known and the best width taken for it, at no more than the mean cost of one width, the gain over "
+        f"that width for all would be, in points, seed by seed: {told}. Widths are chosen on one half of the test images and judged on the "
+        "other."
     )
     return f"## How much bits that follow quality could gain\n\n{text}\n\n{table(shown, columns)}\n"
 

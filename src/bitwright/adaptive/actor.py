@@ -217,7 +217,7 @@ class Actor(nn.Module, ABC):
 
     Attributes:
         outputs: numbers a site gets: its choices, or mean and spread.
-        price: what a choice loses for each share of the budget that it costs; set so that the mean cost meets the budget.
+        price: what a choice of each site loses for each share of the budget that it costs; set so that the mean cost meets the budget.
     """
 
     reads: ClassVar[bool] = True
@@ -227,7 +227,7 @@ class Actor(nn.Module, ABC):
     def __init__(self, sites: int, outputs: int):
         super().__init__()
         self.sites, self.outputs = sites, outputs
-        self.register_buffer("price", torch.zeros(()))
+        self.register_buffer("price", torch.zeros(sites))
 
     def begin(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
         """Look at the images before anything runs; what is returned comes back in `scores`."""

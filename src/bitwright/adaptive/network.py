@@ -162,7 +162,7 @@ class AdaptiveNet(nn.Module):
             raw = self.actor.scores(site, x, self._seen, self._condition).float()
             if self._heard is not None:
                 self._heard.append(raw.cpu())
-            scores = raw - self.actor.price * self._worth(site)
+            scores = raw - self.actor.price[site] * self._worth(site)
             if self._draw is None:
                 return Decision(self._settle(site, scores))
             chosen = self._relaxed(site, scores, self._draw)
@@ -190,11 +190,11 @@ class AdaptiveNet(nn.Module):
         finally:
             self._heard = None
 
-    def shares_at(self, price: float, scores: Tensor) -> Tensor:
-        """Return each sample's share of the budget at a price, ``[N]``, for scores ``[S, N, outputs]`` as they were heard."""
+    def shares_at(self, price: Tensor, scores: Tensor) -> Tensor:
+        """Return each sample's share of the budget at each site's price, ``[N]``, for scores ``[S, N, outputs]`` as they were heard."""
         total = torch.full((scores.shape[1],), self.base)
         for site, raw in enumerate(scores):
-            priced = raw - price * self._worth(site).cpu()
+            priced = raw - price[site] * self._worth(site).cpu()
             shares = self.shares[site].cpu()
             if self.draws:
                 total += (torch.softmax(priced, 1) * shares).sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ BATCH = 250
 BISECTIONS = 30
 ROUNDS = 3
 LARGEST = 1e4
+REACH = 0.05
+"""How far below the price of all sites that of one may go to spend what is left: so little that its preferences still decide."""
 
 
 @dataclass(frozen=True)
@@ -93,42 +95,67 @@ def check(net: AdaptiveNet, split: Split, *, seed: int = 0) -> Promise:
 
 
 def settle_price(net: AdaptiveNet, split: Split, *, margin: float = Z) -> float:
-    """Set the actor's price so that the mean cost on a split plus ``margin`` standard errors is the budget's; return it.
+    """Set the actor's prices so that the mean cost on a split plus ``margin`` standard errors is the budget's; return their mean.
 
-    The price is subtracted from every choice in proportion to its cost, as a Lagrange multiplier would be. It is found by bisection
-    on what the actor said in one pass, and found again a few times: a site's decision changes what the sites after it read.
+    A price is subtracted from every choice in proportion to its cost, as a Lagrange multiplier would be. One price for all sites is
+    found by bisection on what the actor said in one pass; where a site then falls as a whole and leaves something of the budget, sites
+    get a lower price one after another as long as the budget keeps. All is found again a few times: a site's decision changes what the
+    sites after it read.
     """
-    best = math.inf
+    best, price = None, net.actor.price
     for _ in range(ROUNDS):
-        price, excess = _heard_price(net, split, margin)
-        if excess <= 0:
-            best = min(best, float(net.actor.price))
-        net.actor.price.fill_(price)
+        found, excess = _heard_price(net, split, margin)
+        if excess <= 0 and (best is None or float(price.mean()) < float(best.mean())):
+            best = price.clone()
+        price.copy_(found)
     step = 0.02
     while _excess(decisions(net, split)[0], margin) > 0 and step < LARGEST:
-        net.actor.price += step
+        price += step
         step *= 2
-        if best < float(net.actor.price):
-            net.actor.price.fill_(best)
+        if best is not None and float(best.mean()) < float(price.mean()):
+            price.copy_(best)
             break
-    return float(net.actor.price)
+    return float(price.mean())
 
 
-def _heard_price(net: AdaptiveNet, split: Split, margin: float) -> tuple[float, float]:
-    """Return the price at which what the actor now says would keep the budget, and by how much the present one does not."""
+def _heard_price(net: AdaptiveNet, split: Split, margin: float) -> tuple[Tensor, float]:
+    """Return the prices ``[S]`` at which what the actor now says would keep the budget, and by how much the present ones do not."""
     with net.hearing() as heard:
         shares, _ = decisions(net, split)
     sites = len(net.space.names)
     scores = torch.stack([torch.cat(heard[site::sites]) for site in range(sites)])
-    low, high = -1.0, 1.0
-    while _excess(net.shares_at(low, scores), margin) < 0 and low > -LARGEST:
+
+    def over(price: Tensor) -> bool:
+        return _excess(net.shares_at(price, scores), margin) > 0
+
+    low, high = torch.full((sites,), -1.0), torch.full((sites,), 1.0)
+    while not over(low) and float(low[0]) > -LARGEST:
         low *= 4
-    while _excess(net.shares_at(high, scores), margin) > 0 and high < LARGEST:
+    while over(high) and float(high[0]) < LARGEST:
         high *= 4
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _excess(net.shares_at(middle, scores), margin) > 0 else (low, middle)
+        low, high = (middle, high) if over(middle) else (low, middle)
+    for site in () if net.draws else range(sites):
+        high = _lowered(high, site, float(low[site]) - REACH, over)
     return high, _excess(shares, margin)
+
+
+def _lowered(price: Tensor, site: int, least: float, over: Callable[[Tensor], bool]) -> Tensor:
+    """Return prices with that of one site as low as keeps the budget, down to ``least``."""
+
+    def at(value: float) -> Tensor:
+        changed = price.clone()
+        changed[site] = value
+        return changed
+
+    if not over(at(least)):
+        return at(least)
+    low, high = least, float(price[site])
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if over(at(middle)) else (low, middle)
+    return at(high)
 
 
 def _excess(shares: Tensor, margin: float) -> float:

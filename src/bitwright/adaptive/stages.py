@@ -57,7 +57,7 @@ def _actor(net: AdaptiveNet) -> dict[str, Any]:
         "share_of_macs": work / net.space.macs,
         "bitops": 64 * work,
         "parameters": sum(p.numel() for p in net.actor.parameters()),
-        "price": float(net.actor.price),
+        "price": net.actor.price.tolist(),
     }
 
 
