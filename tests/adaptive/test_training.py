@@ -129,3 +129,10 @@ def test_a_loss_that_is_no_number_says_where(monkeypatch: pytest.MonkeyPatch) ->
     case = planted(monkeypatch)
     with pytest.raises(TrainingError, match=r"(the loss is (nan|inf) at step|not finite; lower finetune.lr)"):
         trained(case, AdaptiveOptions(), replace(TRAINING, optimizer="sgd", lr=1e38))
+
+
+def test_one_policy_for_all_spends_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch, ActorOptions(kind="static"), share=1.2)
+    net, history = trained(case, AdaptiveOptions(actor="static"))
+    assert history.promise.met
+    assert decisions(net, case.held_out)[1].min() == 1  # four bits fit for all, so all have them

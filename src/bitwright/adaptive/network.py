@@ -162,15 +162,15 @@ class AdaptiveNet(nn.Module):
             raw = self.actor.scores(site, x, self._seen, self._condition).float()
             if self._heard is not None:
                 self._heard.append(raw.cpu())
-            scores = raw - self.actor.price[site] * self._worth(site)
+            scores = raw - self.actor.price[site] * self.worth(site)
             if self._draw is None:
                 return Decision(self._settle(site, scores))
             chosen = self._relaxed(site, scores, self._draw)
         self._chosen.append(chosen)
         return Decision(chosen.decision.index) if self.mode == "probing" else chosen.decision
 
-    def _worth(self, site: int) -> Tensor:
-        """Return what a unit of price takes from each output: the choice's cost, in shares of what a mean site can move."""
+    def worth(self, site: int) -> Tensor:
+        """Return what a unit of price takes from each output of a site, ``[outputs]``: the choice's cost, in shares of what a mean site can move."""
         share = self.shares[site] * (len(self.space.names) / self.span)
         if self.relaxation == "concrete":
             return share
@@ -194,7 +194,7 @@ class AdaptiveNet(nn.Module):
         """Return each sample's share of the budget at each site's price, ``[N]``, for scores ``[S, N, outputs]`` as they were heard."""
         total = torch.full((scores.shape[1],), self.base)
         for site, raw in enumerate(scores):
-            priced = raw - price[site] * self._worth(site).cpu()
+            priced = raw - price[site] * self.worth(site).cpu()
             shares = self.shares[site].cpu()
             if self.draws:
                 total += (torch.softmax(priced, 1) * shares).sum(1)

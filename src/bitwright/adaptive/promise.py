@@ -128,6 +128,14 @@ def _heard_price(net: AdaptiveNet, split: Split, margin: float) -> tuple[Tensor,
     def over(price: Tensor) -> bool:
         return _excess(net.shares_at(price, scores), margin) > 0
 
+    low, high = bracket(sites, over)
+    for site in () if net.draws else range(sites):
+        high = _lowered(high, site, float(low[site]) - REACH, over)
+    return high, _excess(shares, margin)
+
+
+def bracket(sites: int, over: Callable[[Tensor], bool]) -> tuple[Tensor, Tensor]:
+    """Return prices ``[S]``, one for all sites, just below and just above the least one that is not ``over`` the budget."""
     low, high = torch.full((sites,), -1.0), torch.full((sites,), 1.0)
     while not over(low) and float(low[0]) > -LARGEST:
         low *= 4
@@ -136,9 +144,7 @@ def _heard_price(net: AdaptiveNet, split: Split, margin: float) -> tuple[Tensor,
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if over(middle) else (low, middle)
-    for site in () if net.draws else range(sites):
-        high = _lowered(high, site, float(low[site]) - REACH, over)
-    return high, _excess(shares, margin)
+    return low, high
 
 
 def _lowered(price: Tensor, site: int, least: float, over: Callable[[Tensor], bool]) -> Tensor:
@@ -164,4 +170,4 @@ def _excess(shares: Tensor, margin: float) -> float:
     return float(shares.double().mean()) + margin * error - 1
 
 
-__all__ = ["Promise", "batches", "check", "decisions", "settle_price"]
+__all__ = ["Promise", "batches", "bracket", "check", "decisions", "settle_price"]

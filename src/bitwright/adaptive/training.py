@@ -24,7 +24,7 @@ from torch import Tensor
 from bitwright import runs
 from bitwright.adaptive.actor import ActorOptions, Kind, Relaxation, Table
 from bitwright.adaptive.network import AdaptiveNet, Mode
-from bitwright.adaptive.promise import Promise, check, settle_price
+from bitwright.adaptive.promise import Promise, bracket, check, settle_price
 from bitwright.adaptive.relaxations import Draw
 from bitwright.allocation import allocate
 from bitwright.data.quality import MixedSplit
@@ -450,10 +450,12 @@ def _one_policy(net: AdaptiveNet) -> bool:
 
 
 def _fix_policy(net: AdaptiveNet) -> None:
-    """Let a table of one policy take, from now on, the choices within the budget whose scores sum to the most."""
+    """Let a table of one policy take, from now on, the best choices within the budget: at the price at which it would just exceed it."""
     actor, space = cast(Table, net.actor), net.space
     scores = actor.scores_of.detach()[0].cpu()
-    chosen = allocate((-scores).tolist(), [space.terms.long().tolist()], [space.limit - space.fixed])
+    low, _ = bracket(len(scores), lambda price: float(net.shares_at(price, scores[:, None])) > 1)
+    priced = scores - low[:, None] * torch.stack([net.worth(site).cpu() for site in range(len(scores))])
+    chosen = allocate((-priced).tolist(), [space.terms.long().tolist()], [space.limit - space.fixed])
     with torch.no_grad():
         actor.price.zero_()
         actor.scores_of.zero_()
