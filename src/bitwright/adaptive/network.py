@@ -170,7 +170,7 @@ class AdaptiveNet(nn.Module):
         return Decision(chosen.decision.index) if self.mode == "probing" else chosen.decision
 
     def worth(self, site: int) -> Tensor:
-        """Return what a unit of price takes from each output of a site, ``[outputs]``: the choice's cost, in shares of what a mean site can move."""
+        """Return what a unit of price takes from each output of a site: the choice's cost, in shares of what a mean site can move."""
         share = self.shares[site] * (len(self.space.names) / self.span)
         if self.relaxation == "concrete":
             return share
