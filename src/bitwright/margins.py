@@ -24,7 +24,7 @@ def class_margins(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
         bias: ``[classes]`` or None.
 
     Returns:
-        Margins ``[N]``, in the units of the features.
+        Margins ``[N]``, in the units of the features; infinite where there is only one class, and so no boundary.
 
     >>> class_margins(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), torch.eye(2))
     tensor([2.1213])

@@ -359,7 +359,7 @@ def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Pol
 
 def write_json(job: Job, name: str, content: object) -> None:
     """Write a JSON file into the run directory, atomically; what is not finite becomes null."""
-    runs.write_text_atomic(job.run.inside(name), json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    runs.write_text_atomic(job.run.inside(name), json.dumps(runs.finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def summary(job: Job) -> dict[str, Any]:
