@@ -205,11 +205,11 @@ def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.out = None if known else f"{scratch}/run"
             if arguments.target is None and not arguments.budget:
                 arguments.budget = ["weight_bits<=8"]  # a recipe has one; most of a profile looks at none
-            drawn = profile.POLICIES if arguments.policies is None else arguments.policies
             wanted = {
                 "sensitivity": arguments.sensitivity,
                 "save": arguments.save,
-                "policies": drawn if arguments.check_additivity else None,
+                "additivity": arguments.check_additivity,
+                "policies": arguments.policies,
             }
             result = profile.profile(_job(arguments), measure=arguments.measure or "kl", **wanted)
     profile.show(result)

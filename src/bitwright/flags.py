@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bitwright import profile
+from bitwright.additivity import POLICIES
 from bitwright.deployment import default_widths, target_overrides
 from bitwright.errors import BitwrightError
 from bitwright.recipe import load_recipe, parse_yaml
@@ -141,7 +141,7 @@ def profile_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--judge", type=int, default=20, metavar="N", help="networks that predicted latencies are judged on (default: 20)")
     parser.add_argument("--check-additivity", action="store_true", help="also check on random policies whether they add up to the loss")
-    parser.add_argument("--policies", type=int, metavar="N", help=f"how many policies are drawn (default: {profile.POLICIES}, or by size)")
+    parser.add_argument("--policies", type=int, metavar="N", help=f"how many policies are drawn (default: {POLICIES}, or by size)")
 
 
 def compare_flags(parser: argparse.ArgumentParser) -> None:
