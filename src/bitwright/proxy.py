@@ -135,7 +135,7 @@ def shrink_strides(network: nn.Module, first: str, shape: tuple[int, ...], proxy
 
 def _layer(network: nn.Module, site: str) -> nn.Module:
     """Return the layer of a site; raises `SiteError` for a functional call, which has none that could be changed."""
-    modules = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules())
     if site not in modules:
         raise SiteError(
             f"proxy: site '{site}' is a functional call, which cannot be adapted; write it as a layer, such as nn.Conv2d or nn.Linear"
