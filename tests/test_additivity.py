@@ -68,6 +68,17 @@ def test_half_of_the_policies_lie_close_below_the_budget_and_none_twice(problem)
         assert point.predicted == pytest.approx(loss(policy) - loss({n: allowed[-1] for n, allowed in problem.choices.items()}))
 
 
+def test_where_few_policies_lie_close_to_the_budget_the_others_are_drawn_over_all_choices():
+    small = table_problem([[1.0, 0.5]] * 4, [[[2, 4]] * 4], [8])  # the cheapest policy alone keeps the budget
+    found = check_additivity(small, table_of(small))
+    assert [point.drawn for point in found.points] == ["budget"] + ["choices"] * 15
+    assert found.near_budget is None
+    assert found.warning is None
+    assert found.to_dict()["near_budget"] is None
+    with pytest.raises(BitwrightError, match="asked for 40 policies, and the choices make only 16 different ones; ask for 16 or fewer"):
+        check_additivity(small, table_of(small), 40)
+
+
 def test_the_same_seed_draws_the_same_policies(problem):
     table = table_of(problem)
     assert check_additivity(problem, table, 12) == check_additivity(problem, table, 12)
@@ -106,7 +117,7 @@ def test_what_cannot_be_checked(problem):
     with pytest.raises(BitwrightError, match="additivity: 7 policies tell nothing; draw at least 8"):
         check_additivity(problem, table, 7)
     few = Problem(problem.model, problem.trace, {n: (Bits(1, 32),) for n in problem.choices}, problem.budgets, evaluate=problem.loss)
-    with pytest.raises(BitwrightError, match="additivity: asked for 8 policies, and only 1 different ones came up; ask for fewer"):
+    with pytest.raises(BitwrightError, match="asked for 8 policies, and the choices make only 1 different ones; give more choices"):
         check_additivity(few, table, 8)
     free = Problem(problem.model, problem.trace, problem.choices, [], evaluate=problem.loss)
     with pytest.raises(BitwrightError, match="drawn close to the budgets, and there are none; give one"):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 
 from bitwright.certificate import certify, layer_sensitivities, predicted_loss, rank_correlation, scores_of, verdict
-from bitwright.data import TensorSplit
-from bitwright.problem import SearchData
+from bitwright.costs import Budget, WeightBits
+from bitwright.data import Data, TensorSplit
+from bitwright.problem import Problem, SearchData, build_choices
+from bitwright.proxy import replace_head
+from bitwright.sites import trace
 from bitwright.testing import Planted, planted
 
 
@@ -42,6 +47,21 @@ def test_a_proxy_of_zeros_is_not_safe(plant: Planted) -> None:
     content = certify(plant.problem, proxy, plant.optimum)
     assert not content["safe"]
     assert content["correlation"]["value"] < content["thresholds"]["correlation"]
+
+
+def test_a_proxy_of_one_class_has_no_margins_and_is_not_safe() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.rand(32, 1, 4, 4), torch.arange(32) % 3
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    traced, split = trace(net, images[:1]), TensorSplit(images, labels, classes=3)
+    problem = Problem(net, traced, build_choices(traced, (2, 4)), Budget(WeightBits(), 10**6, "weight_bits"), SearchData(split, split))
+    one, network = TensorSplit(images, torch.zeros(32, dtype=torch.long), classes=1), copy.deepcopy(net)
+    replace_head(network, traced.last, Data("one", one, one, one, 1, (1, 4, 4)))
+    content = certify(problem, problem.on(network, SearchData(one, one)), problem.cheapest())
+    assert not content["safe"]
+    assert "the proxy has fewer than two classes, so no class margin can be kept" in content["reasons"]
+    assert list(content["margins"]) == ["target"]
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
 
 
 def test_layers_are_ranked_as_planted(plant: Planted) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from bitwright import cli, runs
 from bitwright.policy import Policy
+from bitwright.recipe import load_recipe
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -86,6 +87,51 @@ def test_search_from_flags(finished_run: Path, tmp_path: Path, capsys: pytest.Ca
     assert recipe["search.options.samples"] == 64
     assert recipe["search.weights"] == [2, 3, 4]
     assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_flags_change_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "run", tmp_path / "none.npz"
+    flags = ["--method", "seam", "--margin", "0", "--budget", "weight_bits<=4", "--budget", "size<=20KB", "--proxy", "digits:60"]
+    flags += [
+        "--weight-bits",
+        "2",
+        "4",
+        "--activation-bits",
+        "8",
+        "--held-out",
+        "150",
+        "--weights",
+        file,
+        "--set",
+        "search.options.epochs=1",
+    ]
+    assert "none.npz" in _refused(capsys, "search", "digits-sdq", *flags, "--out", out)
+    recipe = load_recipe(out / "recipe.yaml")
+    assert (recipe.data.held_out, recipe.model.weights) == (150, str(file))
+    search = recipe.search
+    assert (search.method, search.options) == ("seam", {"margin": 0, "epochs": 1})  # none of SDQ's own
+    assert (search.budgets, search.weights, search.activations) == (["weight_bits<=4", "size<=20KB"], [2, 4], [8])
+
+
+def test_the_options_of_a_recipes_own_method_are_flags_and_those_not_given_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k, flags in enumerate((["--epochs", "3"], ["--method", "sdq", "--epochs", "3"])):
+        out = tmp_path / f"run{k}"
+        _refused(capsys, "search", "digits-sdq", *flags, "--weights", tmp_path / "none.npz", "--out", out)
+        assert load_recipe(out / "recipe.yaml").search.options == {"epochs": 3, "batch_size": 64, "lr": 0.02}
+
+
+@pytest.mark.parametrize(
+    "flags", [["--method", "seam"], ["--budget", "weight_bits<=4"], ["--lr", "1"], ["--held-out", "9"], ["--proxy", "digits"]]
+)
+def test_a_finished_search_is_not_asked_for_something_else(
+    finished_run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "a run directory keeps its recipe" in _refused(capsys, "search", finished_run, *flags)
+
+
+def test_a_profile_of_a_recipe_takes_its_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complaint = _refused(capsys, "profile", "digits-sdq", "--weights", tmp_path / "none.npz", "--sensitivity")
+    assert "none.npz" in complaint
 
 
 def test_the_verbs_of_a_run_directory(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,6 +277,17 @@ def test_a_methods_options_are_flags_of_search(capsys: pytest.CaptureFixture[str
         (["search", "--method", "sqd", "--model", "digits_cnn"], "unknown method 'sqd'; did you mean 'sdq'"),
         (["search", "--model", "m", "--data", "digits", "--budget", "x", "--epochs", "many"], "search.options.epochs is 'many'"),
         (["search", "--method", "random", "--epochs", "3"], "search: unknown argument '--epochs'"),
+        (
+            ["search", "digits-sdq", "--model", "digits_cnn"],
+            "--model stands instead of a recipe; leave one of the two out, or give --set model",
+        ),
+        (["search", "digits-sdq", "--method", "seam", "--epochs", "many"], "search.options.epochs is 'many'"),
+        (["search", "digits-sdq", "--method", "seam", "--set", "search.method=haq"], "--method and --set search.method say the same thing"),
+        (["search", "digits-sdq", "--budget", "weight_bit<=4"], "budget 'weight_bit<=4': no cost 'weight_bit'"),
+        (["profile", "digits-sdq", "--method", "seam"], "profile: unknown argument '--method'"),
+        (["profile", "digits-sdq", "--data", "cifar10"], "--data stands instead of a recipe"),
+        (["profile", "--model", "resnet18", "--shape", "3x4x4", "--budget", "size<=1KB"], "so --budget has no meaning"),
+        (["profile", "digits-sdq", "--model", "resnet18", "--shape", "3x4x4"], "so the recipe 'digits-sdq' has no meaning"),
         (["profile", "--shape", "3x4"], "profile --shape: also give --model NAME"),
         (["profile", "--model", "resnet18", "--shape", "3by4"], "--shape 3by4: expected sizes of one input, for example 3x224x224"),
         (["profile", "--model", "resnet118", "--shape", "3x32x32"], "no model 'resnet118'; did you mean 'resnet18'?"),

@@ -81,6 +81,20 @@ class Needy(Cheapest):
 
 
 @dataclass(frozen=True)
+class Failing(SearchMethod[State]):
+    ranking: ClassVar[str] = "loss"
+
+    def start(self, problem):
+        return State()
+
+    def step(self, problem, state, told):
+        return 1 / 0
+
+    def done(self, problem, state):
+        return True
+
+
+@dataclass(frozen=True)
 class Refusing(Cheapest):
     """Has a word to say."""
 
@@ -246,7 +260,7 @@ def test_a_killed_comparison_goes_on_to_the_same_result(compared: tuple[Path, di
 def test_a_method_that_cannot_run_is_shown_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(METHODS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    methods = ["mine:Needy", "no=mine:Refusing", "low=mine:Cheapest"]
+    methods = ["mine:Needy", "no=mine:Refusing", "bad=mine:Failing", "low=mine:Cheapest"]
     recipe = recipe_of(methods=methods, seeds=[0], long=None, options={})
     recipe["search"]["never_worse"] = True
     content = compare(recipe, tmp_path / "run")
@@ -254,6 +268,7 @@ def test_a_method_that_cannot_run_is_shown_with_its_reason(tmp_path: Path, monke
     assert table["left_out"] == {
         "mine:Needy": "seed 0: No module named 'a_package_that_nobody_has'",
         "no": "seed 0: refusing: this needs two activation widths",
+        "bad": "seed 0: the search failed: ZeroDivisionError: division by zero",
     }
     entries = {entry["label"]: entry for entry in table["methods"]}
     assert set(entries) == {"low", "uniform"}
@@ -262,6 +277,16 @@ def test_a_method_that_cannot_run_is_shown_with_its_reason(tmp_path: Path, monke
     assert entries["low"]["rows"][0]["search"]["loss"] > entries["uniform"]["rows"][0]["search"]["loss"]
     assert "refusing: this needs two activation widths" in (tmp_path / "run/report.html").read_text()
     assert "refusing: this needs two activation widths" in (tmp_path / "run/compare.csv").read_text()
+    assert len(list(tmp_path.glob("run/searches/mine-Cheapest-*"))) == 1
+    (tmp_path / "mine.py").write_text(METHODS + "# edited")
+    compare(recipe, tmp_path / "run")
+    assert len(list(tmp_path.glob("run/searches/mine-Cheapest-*"))) == 2  # what was found before the edit is not shown again
+
+
+def test_a_method_of_the_package_that_fails_is_our_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.methods.uniform.Uniform.step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare(recipe_of(methods=["uniform"], options={}, seeds=[0], long=None), tmp_path / "run")
 
 
 def test_where_nobody_can_run_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

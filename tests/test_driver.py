@@ -20,6 +20,7 @@ from torch import Tensor
 from bitwright import runs
 from bitwright.driver import Proposal, SearchMethod, Stop, Trial, pareto_front, search
 from bitwright.errors import BitwrightError, BudgetError, PolicyError, RunError, TrainingError
+from bitwright.methods import available
 from bitwright.policy import Policy
 from bitwright.problem import Problem
 from bitwright.testing import table_problem
@@ -131,6 +132,14 @@ def lines(out):
 
 
 # ---- proposing and disposing
+
+
+@pytest.mark.parametrize("name", list(available()))
+def test_a_problem_without_a_budget_is_refused_alike_by_all_methods(name):
+    base = problem()
+    free = Problem(base.model, base.trace, base.choices, [], evaluate=base.loss)
+    with pytest.raises(BudgetError, match=r"a search without a budget has nothing to decide; give one, for example weight_bits<=2\.5"):
+        search(free, available()[name]())
 
 
 def test_the_best_loss_wins_and_infeasible_proposals_are_repaired():

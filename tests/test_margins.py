@@ -28,6 +28,10 @@ def test_margin_is_the_distance_to_the_nearest_boundary() -> None:
         assert min(gaps) > -1e-9
 
 
+def test_one_class_has_no_boundary() -> None:
+    assert class_margins(torch.rand(3, 2), torch.zeros(3, dtype=torch.long), torch.rand(1, 2)).tolist() == [float("inf")] * 3
+
+
 def test_wrong_samples_have_negative_margins() -> None:
     assert float(class_margins(torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.eye(2))) < 0
 

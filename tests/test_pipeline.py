@@ -143,16 +143,28 @@ def test_baselines_killed_between_policies_keep_those_done(finished_run: Path, t
 
 
 def test_a_derived_run_keeps_network_and_policy(finished_run: Path, tmp_path: Path) -> None:
-    job = Job.load(finished_run)
+    job = Job.load(shutil.copytree(finished_run, tmp_path / "old"))
+    beside = ("certificate.json", "sensitivity.json", "additivity.json")
+    for name in beside:
+        (job.run.path / name).write_text("{}")
     new = pipeline.derive(job, tmp_path / "new", ["finetune.epochs=1", "finetune.max_steps=3"])
+    assert all((new.run.path / name).read_text() == "{}" for name in beside)
     pipeline.run_stages(new, ["evaluate"])
     assert new.policy == job.policy
     assert len(read_jsonl(tmp_path / "new/finetune.jsonl")) == 1
     other = job.policy.replace({"conv2": job.policy["conv2"]._replace(w=1)})
     with pytest.raises(RunError, match="began with another policy; give another --out"):
         pipeline.derive(job, tmp_path / "new", ["finetune.epochs=1", "finetune.max_steps=3"], other)
+    replaced = pipeline.derive(job, tmp_path / "replaced", [], other)
+    assert not any((replaced.run.path / name).exists() for name in (*beside, "search.json"))
     with pytest.raises(PolicyError, match="the problem has no site 'conv9'"):
         pipeline.derive(job, tmp_path / "third", [], Policy({"conv9": (2, 4)}))
+
+
+def test_what_is_not_finite_is_written_as_null(finished_run: Path, tmp_path: Path) -> None:
+    job = Job.load(shutil.copytree(finished_run, tmp_path / "run"))
+    pipeline.write_json(job, "x.json", {"a": [1.0, float("inf")], "b": {"c": float("nan")}})
+    assert json.loads((job.run.path / "x.json").read_text()) == {"a": [1.0, None], "b": {"c": None}}
 
 
 # ---- budgets come first

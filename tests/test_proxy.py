@@ -59,6 +59,37 @@ def test_a_first_site_of_another_kind_is_refused() -> None:
         fold_stem(net, "1", (3, 2, 2), (1, 2, 2))
 
 
+class Functional(nn.Module):
+    """A stem that is no layer, and a head over tokens or over their mean."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.w, self.head, self.pooled = nn.Parameter(torch.rand(4, 1, 3, 3)), nn.Linear(4, 3), pooled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = nn.functional.conv2d(x, self.w, padding=1).flatten(2).mT
+        return self.head(tokens.mean(1)) if self.pooled else self.head(tokens).mean(1)
+
+
+def test_a_functional_stem_is_left_alone_and_refused_where_it_had_to_change() -> None:
+    net = Functional(pooled=True)
+    traced = trace(net, torch.zeros(1, 1, 8, 8))
+    proxy = adapt(net, traced, (1, 8, 8), data(5, (1, 6, 6)), None)
+    assert proxy.model(proxy.data.example(2)).shape == (2, 5)
+    for shape in ((3, 8, 8), (1, 4, 4)):
+        with pytest.raises(
+            SiteError, match=f"proxy: site '{traced.first}' is a functional call, which cannot be adapted; write it as a layer"
+        ):
+            adapt(net, traced, (1, 8, 8), data(5, shape), None)
+
+
+def test_a_head_over_tokens_is_refused() -> None:
+    net = Functional(pooled=False)
+    traced = trace(net, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(SiteError, match=r"layer 'head' sees features of shape \(64, 4\) for an image; pool them to one vector"):
+        adapt(net, traced, (1, 8, 8), data(5, (1, 8, 8)), None)
+
+
 def test_small_images_stride_less_in_the_stem() -> None:
     net = build("resnet18")
     shrink_strides(net, "conv1", (3, 224, 224), (3, 32, 32))

@@ -6,6 +6,7 @@ budgets, where an allocation has to choose, and half uniformly over all choices.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,10 @@ THRESHOLD = 0.8
 WITHIN = 0.05
 """Width of the band below the budgets that half of the policies are drawn from, as a share of the limit."""
 LEAST = 8
+POLICIES = 40
+"""Policies that are drawn unless told otherwise, where the choices make so many."""
+FRUITLESS = 100
+"""Draws close below the budgets that bring nothing new, after which the rest are drawn over all choices."""
 Drawn = Literal["budget", "choices"]
 
 
@@ -46,20 +51,21 @@ class Additivity:
         points: the policies.
         spearman: rank correlation over all of them.
         pearson: linear correlation over all of them.
-        near_budget: rank correlation over those close below the budgets.
+        near_budget: rank correlation over those close below the budgets; None where too few different ones lie there.
     """
 
     measure: str
     points: tuple[Point, ...]
     spearman: Correlation
     pearson: Correlation
-    near_budget: Correlation
+    near_budget: Correlation | None
 
     @property
     def warning(self) -> str | None:
         """What to say if the rank correlation is below `THRESHOLD`, or surely so (its whole interval) close to the budgets."""
         low = [(self.spearman, "random policies")] if self.spearman.value < THRESHOLD else []
-        low += [(self.near_budget, "policies close to the budget")] if self.near_budget.high < THRESHOLD else []
+        near = self.near_budget
+        low += [(near, "policies close to the budget")] if near is not None and near.high < THRESHOLD else []
         if not low:
             return None
         found, which = low[0]
@@ -74,42 +80,53 @@ class Additivity:
         return {**asdict(self), "threshold": THRESHOLD, "warning": self.warning}
 
 
-def check_additivity(problem: Problem, table: Sensitivity, policies: int = 40) -> Additivity:
+def check_additivity(problem: Problem, table: Sensitivity, policies: int | None = None) -> Additivity:
     """Compare the loss that a table foretells of random policies with the loss of those policies (`Problem.loss`).
 
     Args:
         problem: sites, choices, budgets and data.
         table: its sensitivities.
-        policies: how many to draw; each is evaluated once.
+        policies: how many to draw; each is evaluated once. By default `POLICIES`, or all where the choices make fewer.
 
     Raises:
         BitwrightError: too few policies, or the problem does not have so many.
         RunError: the table is stale.
     """
-    if policies < LEAST:
+    if policies is not None and policies < LEAST:
         raise BitwrightError(f"additivity: {policies} policies tell nothing; draw at least {LEAST}")
     if not problem.budgets:
         raise BitwrightError("additivity: half of the policies are drawn close to the budgets, and there are none; give one")
+    count = _count(problem, policies)
     table.check(problem)
     table.scores(problem)  # raises where a choice has no value
-    points = tuple(Point(drawn, table.predict(policy), problem.loss(policy)) for drawn, policy in _drawn(problem, policies))
+    points = tuple(Point(drawn, table.predict(policy), problem.loss(policy)) for drawn, policy in _drawn(problem, count))
     x, y = [point.predicted for point in points], [point.measured for point in points]
     near = [point for point in points if point.drawn == "budget"]
-    close = spearman([point.predicted for point in near], [point.measured for point in near], problem.seed)
+    close = None
+    if len(near) >= LEAST // 2:
+        close = spearman([point.predicted for point in near], [point.measured for point in near], problem.seed)
     return Additivity(table.measure, points, spearman(x, y, problem.seed), pearson(x, y, problem.seed), close)
 
 
+def _count(problem: Problem, asked: int | None) -> int:
+    """Return how many policies to draw: as many as were asked for, or what there are up to `POLICIES`."""
+    most = math.prod(len(allowed) for allowed in problem.choices.values())
+    if most < (LEAST if asked is None else asked):
+        way = "give more choices" if most < LEAST else f"ask for {most} or fewer, or give more choices"
+        raise BitwrightError(f"additivity: asked for {asked or POLICIES} policies, and the choices make only {most} different ones; {way}")
+    return min(POLICIES, most) if asked is None else asked
+
+
 def _drawn(problem: Problem, count: int) -> list[tuple[Drawn, Policy]]:
-    """Draw different policies, half of them close below the budgets."""
+    """Draw different policies, half of them close below the budgets, or fewer where there are not so many."""
     generator = np.random.default_rng([problem.seed, count])
     probabilities = tilted(problem, WITHIN)
     found: dict[Policy, Drawn] = {}
-    for _ in range(20 * count):
-        drawn: Drawn = "budget" if len(found) < count // 2 else "choices"
+    fruitless = 0
+    while len(found) < count:
+        drawn: Drawn = "budget" if len(found) < count // 2 and fruitless < FRUITLESS else "choices"
         uniform = [int(generator.integers(len(allowed))) for allowed in problem.choices.values()]
-        found.setdefault(draw(problem, probabilities, generator, WITHIN) if drawn == "budget" else problem.policy(uniform), drawn)
-        if len(found) == count:
-            return [(drawn, policy) for policy, drawn in found.items()]
-    raise BitwrightError(
-        f"additivity: asked for {count} policies, and only {len(found)} different ones came up; ask for fewer, or give more choices"
-    )
+        policy = draw(problem, probabilities, generator, WITHIN) if drawn == "budget" else problem.policy(uniform)
+        fruitless += drawn == "budget" and policy in found
+        found.setdefault(policy, drawn)
+    return [(drawn, policy) for policy, drawn in found.items()]

@@ -45,7 +45,8 @@ def certify(target: Problem, proxy: Problem, policy: Policy) -> dict[str, Any]:
     Returns:
         ``correlation`` (Spearman's, its 95 % bootstrap interval, per-layer sensitivities on both), ``predicted`` (summed target
         sensitivity of the found policy, of the uniform one and of the best for those sensitivities; the cheapest stands in for uniform
-        where no single width fits), ``margins`` (histograms and means), ``safe`` and the ``reasons``.
+        where no single width fits), ``margins`` (histograms and means; none where there are fewer than two classes), ``safe`` and the
+        ``reasons``.
     """
     known = {"target": scores_of(target), "proxy": scores_of(proxy)}
     layers = {name: layer_sensitivities(target, scores) for name, scores in known.items()}
@@ -55,15 +56,25 @@ def certify(target: Problem, proxy: Problem, policy: Policy) -> dict[str, Any]:
     rivals = {"uniform": uniform or target.cheapest(), "best": solve(target, known["target"])}
     predicted = {name: predicted_loss(target, known["target"], chosen) for name, chosen in ({"found": policy} | rivals).items()}
     safe, reasons = verdict(correlation["value"], predicted)
+    sides = {"target": target, "proxy": proxy}
+    single = [
+        f"the {name} has fewer than two classes, so no class margin can be kept" for name, side in sides.items() if _classes(side) < 2
+    ]
     return {
-        "safe": safe,
-        "reasons": reasons,
+        "safe": safe and not single,
+        "reasons": [*reasons, *single],
         "thresholds": {"correlation": CORRELATION, "kept": KEPT},
         "samples": min(SAMPLE, len(target.data.fit)),
         "correlation": {**correlation, "layers": {site: [layers["proxy"][site], layers["target"][site]] for site in layers["target"]}},
         "predicted": predicted,
-        "margins": {name: histograms(problem, named) for name, problem in (("target", target), ("proxy", proxy))},
+        "margins": {name: histograms(side, named) for name, side in sides.items() if _classes(side) > 1},
     }
+
+
+def _classes(problem: Problem) -> int:
+    """Return how many classes a problem's network tells apart."""
+    head = problem.model.get_submodule(problem.trace[problem.trace.last].layers[0])
+    return len(head.get_parameter("weight"))
 
 
 def scores_of(problem: Problem) -> dict[str, Tensor]:

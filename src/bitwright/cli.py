@@ -22,7 +22,6 @@ from bitwright.compare import compare
 from bitwright.deployment import (
     check_flags,
     check_policy,
-    default_widths,
     measure_latency,
     measure_model,
     target_flag,
@@ -33,7 +32,18 @@ from bitwright.deployment import (
     verify_flags,
 )
 from bitwright.errors import BitwrightError, RunError, nearest
-from bitwright.flags import compare_flags, flag_recipe, profile_flags
+from bitwright.flags import (
+    OPTION,
+    UsageError,
+    check_shape,
+    compare_flags,
+    flag_recipe,
+    method_flag,
+    method_of,
+    overrides,
+    profile_flags,
+    recipe_of_flags,
+)
 from bitwright.job import Job
 from bitwright.methods import available, describe, get_method
 from bitwright.pipeline import derive, evaluate_file, evaluate_under, export_file, run_stages
@@ -47,10 +57,6 @@ from bitwright.translators._command import policy_command, policy_flags
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 OUR_FAULT = "bitwright: this is our fault, not yours: please report the lines above together with the command"
-
-
-class UsageError(BitwrightError):
-    """The command line itself is wrong."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +117,7 @@ def finetune_command(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"finetune {arguments.target}: another policy or other options need a run of their own; give --out DIR")
     job = _existing(arguments)
     if arguments.out is not None:
-        job = derive(job, arguments.out, _overrides(arguments), policy)
+        job = derive(job, arguments.out, overrides(arguments), policy)
     return _finish(run_stages(job, ["finetune"], again=arguments.again), arguments)
 
 
@@ -142,10 +148,9 @@ def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"compare {target}: is a directory to go on with; leave out --out, or give a recipe instead")
     asked = {"methods": arguments.methods, "seeds": arguments.seeds, "budgets": arguments.budget}
     changes = [f"compare.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
-    overrides = [*target_overrides(arguments.deploy), *arguments.set, *changes]
     if known and not (Path(target) / "recipe.yaml").is_file():
         raise RunError(f"{target}: no comparison (it has no recipe.yaml); give a recipe, or the --out of a `bitwright compare`")
-    recipe = load_recipe(Path(target) / "recipe.yaml" if known else target, overrides)
+    recipe = load_recipe(Path(target) / "recipe.yaml" if known else target, [*target_overrides(arguments.deploy), *arguments.set, *changes])
     out = Path(target) if known else Path(arguments.out or Path("runs") / f"{recipe.name}-compare")
     _say(f"comparison directory: {out}", sys.stderr)
     result = compare(recipe, out, **_surroundings(arguments))
@@ -192,17 +197,19 @@ def profile_command(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(
                 "profile --shape: sensitivities are measured on images; give --data NAME and --weights FILE instead of --shape"
             )
+        check_shape(arguments)
         result = profile.profile_model(arguments.model, arguments.shape)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             known = arguments.target is not None and Path(arguments.target).is_dir()
             arguments.out = None if known else f"{scratch}/run"
-            arguments.budget = arguments.budget or ["weight_bits<=8"]  # a recipe has one; most of a profile looks at none
-            drawn = profile.POLICIES if arguments.policies is None else arguments.policies
+            if arguments.target is None and not arguments.budget:
+                arguments.budget = ["weight_bits<=8"]  # a recipe has one; most of a profile looks at none
             wanted = {
                 "sensitivity": arguments.sensitivity,
                 "save": arguments.save,
-                "policies": drawn if arguments.check_additivity else None,
+                "additivity": arguments.check_additivity,
+                "policies": arguments.policies,
             }
             result = profile.profile(_job(arguments), measure=arguments.measure or "kl", **wanted)
     profile.show(result)
@@ -219,6 +226,7 @@ def _measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.shape is not None:
         if arguments.model is None or arguments.deploy is None or arguments.save is None:
             raise UsageError("profile --measure --shape: also give --model NAME, --target NAME and --save FILE")
+        check_shape(arguments)
         target = get_target(arguments.deploy)
         counts = arguments.policies, arguments.judge
         return measure_model(arguments.model, arguments.shape, target, Path(arguments.save), *counts, Progress(sys.stderr))
@@ -227,7 +235,8 @@ def _measure_latency(arguments: argparse.Namespace) -> dict[str, Any]:
         if not known and arguments.save is None:
             raise UsageError("profile --measure: also give --save FILE, or a run directory, where the table is kept")
         arguments.out = None if known else f"{scratch}/run"
-        arguments.budget = arguments.budget or ["weight_bits<=32"]
+        if arguments.target is None and not arguments.budget:
+            arguments.budget = ["weight_bits<=32"]
         return measure_latency(_job(arguments), arguments.save, arguments.policies, arguments.judge)
 
 
@@ -248,10 +257,13 @@ def _job(arguments: argparse.Namespace) -> Job:
     """Return the job of a recipe, of a run directory, or of flags."""
     target = arguments.target
     if target is not None and Path(target).is_dir():
-        if arguments.out is not None or _overrides(arguments) or getattr(arguments, "no_finetune", False):
-            raise UsageError(f"{target}: a run directory keeps its recipe; leave out --out, --set and --seed, or give a recipe instead")
+        if arguments.out is not None or overrides(arguments) or getattr(arguments, "no_finetune", False):
+            raise UsageError(
+                f"{target}: a run directory keeps its recipe; leave out --out, --set and --seed, and all that would change it, "
+                "or give a recipe instead"
+            )
         return _existing(arguments)
-    recipe = load_recipe(target if target is not None else _recipe_of_flags(arguments), _overrides(arguments))
+    recipe = load_recipe(target if target is not None else recipe_of_flags(arguments), overrides(arguments))
     if getattr(arguments, "no_finetune", False):
         baselines = ["baselines.finetune=null"] if recipe.baselines is not None else []
         recipe = load_recipe(recipe.to_dict(), ["finetune=null", *baselines])
@@ -279,33 +291,6 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); give cpu, cuda or auto") from None
     return name
-
-
-def _recipe_of_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the recipe that `search` flags spell."""
-    for name in ("model", "data", "budget"):
-        if not getattr(arguments, name, None):
-            raise UsageError(f"{arguments.verb}: give a recipe, a run directory, or --model, --data and --budget (--{name} is missing)")
-    options = {name: _yaml(value) for name, value in vars(arguments).items() if name in arguments.method_options and value is not None}
-    widths = default_widths(getattr(arguments, "deploy", None))
-    return {
-        "name": f"{arguments.model}-{arguments.method}".replace(":", "-"),
-        "data": {"name": arguments.data, "held_out": arguments.held_out},
-        "model": {"name": arguments.model, "weights": arguments.weights},
-        "search": {
-            "method": arguments.method,
-            "options": options,
-            "budgets": arguments.budget,
-            "weights": arguments.weight_bits or widths["weights"],
-            "activations": arguments.activation_bits or widths["activations"],
-        },
-    }
-
-
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
-    proxy = [f"search.proxy={arguments.proxy}"] if getattr(arguments, "proxy", None) is not None else []
-    return [*target_overrides(getattr(arguments, "deploy", None)), *arguments.set, *seed, *proxy]
 
 
 def _stage(arguments: argparse.Namespace, stage: str) -> dict[str, Any]:
@@ -459,6 +444,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         _place_flags,
         _again_flag,
         flag_recipe,
+        method_flag,
         target_flag,
     ),
     "finetune": (finetune_command, _run_target, _new_out_flag, _recipe_flags, _place_flags, _again_flag, _policy_flag),
@@ -481,15 +467,16 @@ def _method_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         return
 
     known, _ = parser.parse_known_args([text for text in argv[1:] if text not in ("-h", "--help")])
-    method = get_method(known.method)
-    group = parser.add_argument_group(f"options of {known.method} (with --model; in a recipe they are search.options)")
+    name = method_of(known)
+    method = get_method(name)
+    group = parser.add_argument_group(f"options of {name} (in a recipe they are search.options)")
     taken = {flag for action in parser._actions for flag in action.option_strings}
     names = []
     for option in describe(method)["options"]:
         flag = f"--{option['name'].replace('_', '-')}"
-        flag = flag if flag not in taken else f"--{known.method}-{flag[2:]}"
+        flag = flag if flag not in taken else f"--{name}-{flag[2:]}"
         about = f"{option['about']} (default: {option['default']})".strip().replace("%", "%%")
-        group.add_argument(flag, dest=option["name"], metavar="VALUE", help=about)
+        group.add_argument(flag, dest=OPTION + option["name"], metavar="VALUE", help=about)
         names.append(option["name"])
     parser.set_defaults(method_options=tuple(names))
 

@@ -18,7 +18,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from bitwright.evaluation import evaluate
 from bitwright.job import Job, Log
 from bitwright.measure import found, keep_correct, row_of, trained
 from bitwright.methods import get_method
+from bitwright.outside import is_outside, last_line, source_digest
 from bitwright.pipeline import check_trainable, float_stage, threads
 from bitwright.policy import Bits, Policy
 from bitwright.recipe import CompareSection, Options, Recipe, load_recipe, make_options
@@ -299,6 +302,9 @@ class Comparison:
         section, name = self.recipe.search, self.plan.methods[entry.label]
         options = self.plan.options[entry.label]
         asked = {"method": name, "options": options, "budget": entry.budget, "steps": section.steps, "seconds": section.seconds}
+        source = source_digest(get_method(name))
+        if source is not None:  # a method of somebody's own may be edited: what it found before is not what it finds now
+            asked["source"] = source
         title = name.replace(":", "-").replace("/", "-")
         folder = self.run.inside("searches", f"{title}-{_hash(asked)}-{entry.seed}")
         return self._once(folder, lambda: self._search(entry, folder))
@@ -310,7 +316,9 @@ class Comparison:
         problem = job.on_proxy(job.problem_of(job.network, budgets=job.parse_budgets(entry.budget)))
         tell = f"{entry.label} search"
         stop = Stop(section.steps, section.seconds)
-        result = search(problem, method, out=folder, stop=stop, log=lambda row: self.log(tell, row), save_every=section.save_every)
+        log = partial(self.log, tell)
+        with _theirs(method):
+            result = search(problem, method, out=folder, stop=stop, log=log, save_every=section.save_every)
         if result.status == "interrupted":
             raise KeyboardInterrupt
         policy = {site: list(bits) for site, bits in result.policy.items()}
@@ -417,6 +425,19 @@ class Comparison:
             runs.write_text_atomic(self.run.path / "compare.csv", csv_text(content["tables"]))
             runs.write_text_atomic(self.run.path / "report.html", render(self.run.path))
         return {**content, "files": ["compare.json", "compare.csv", "report.html"]}
+
+
+@contextmanager
+def _theirs(method: SearchMethod[Any]) -> Iterator[None]:
+    """Turn whatever a method from outside the package raises into a reason to leave it out; ours may not fail."""
+    try:
+        yield
+    except (BitwrightError, ImportError):
+        raise
+    except Exception as error:
+        if not is_outside(type(method)):
+            raise
+        raise RecipeError(f"the search failed: {last_line(error)}") from error
 
 
 def _opened(path: Path, bound: Mapping[str, Any]) -> Run:

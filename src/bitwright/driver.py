@@ -29,6 +29,7 @@ from torch import Tensor
 from bitwright import runs
 from bitwright.allocation import repair
 from bitwright.errors import BitwrightError, PolicyError, RunError, TrainingError
+from bitwright.outside import source_digest
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem
 from bitwright.stopping import Stop as Stop  # noqa: PLC0414 - a part of what this module offers
@@ -320,6 +321,9 @@ class _Session:
         kind = type(self.method)
         options = {f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method)}  # type: ignore[arg-type]
         parts = {"method": f"{kind.__module__}:{kind.__qualname__}", "options": options, "problem": self.problem.fingerprint()}
+        source = source_digest(kind)
+        if source is not None:  # a method of somebody's own may be edited between two searches
+            parts["source"] = source
         known: dict[str, Any] = json.loads(json.dumps(parts, default=repr))
         return known
 
@@ -473,9 +477,10 @@ def _load(out: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
     except RunError as error:
         older = f" (without it the search goes on from {files[-2].name})" if len(files) > 1 else ""
         raise RunError(f"{error}{older}") from None
-    differing = [part for part in ("method", "options", "problem") if saved.get("fingerprint", {}).get(part) != fingerprint[part]]
+    was_made_by = saved.get("fingerprint", {})
+    differing = [part for part in ("method", "options", "problem", "source") if was_made_by.get(part) != fingerprint.get(part)]
     if differing:
-        was, now = saved.get("fingerprint", {}).get(differing[0]), fingerprint[differing[0]]
+        was, now = was_made_by.get(differing[0]), fingerprint.get(differing[0])
         raise RunError(f"{out}: holds a search with another {runs.difference(differing[0], was, now)}; give another --out, or restore that")
     return saved
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.data.splits import Split
+from bitwright.errors import SiteError
 from bitwright.quant.modules import evaluating
 
 
@@ -24,7 +25,7 @@ def class_margins(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
         bias: ``[classes]`` or None.
 
     Returns:
-        Margins ``[N]``, in the units of the features.
+        Margins ``[N]``, in the units of the features; infinite where there is only one class, and so no boundary.
 
     >>> class_margins(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), torch.eye(2))
     tensor([2.1213])
@@ -37,7 +38,11 @@ def class_margins(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
 
 
 def features_of(network: nn.Module, layer: str, split: Split) -> tuple[Tensor, Tensor]:
-    """Return what enters a layer on the images of a split, ``[N, features]``, and the labels, both on the CPU."""
+    """Return what enters a layer on the images of a split, ``[N, features]``, and the labels, both on the CPU.
+
+    Raises:
+        SiteError: the layer sees more than one vector an image, such as one a token.
+    """
     device = next(network.parameters()).device
     seen: list[Tensor] = []
     handle = network.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().float().cpu()))
@@ -49,6 +54,9 @@ def features_of(network: nn.Module, layer: str, split: Split) -> tuple[Tensor, T
                 labels.append(y.cpu())
     finally:
         handle.remove()
+    if seen[0].dim() != 2:
+        shape = tuple(seen[0].shape[1:])
+        raise SiteError(f"layer '{layer}' sees features of shape {shape} for an image; pool them to one vector before the classifier")
     return torch.cat(seen), torch.cat(labels)
 
 

@@ -46,6 +46,8 @@ from bitwright.training.losses import bin_statistics
 CURVE_IMAGES = 2000
 CURVE_POINTS = 50
 """The accuracy curve of a training is taken on so many selection images, at so many epochs at most."""
+OF_POLICY = ("search.jsonl", "search.json", "certificate.json", "sensitivity.json", "additivity.json")
+"""What a run knows of the policy that its search found, and not of another one."""
 
 
 def run(
@@ -347,8 +349,8 @@ def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Pol
     new.problem_of(new.untrained).index(chosen)
     if new.run.finished("search") and new.policy != chosen:
         raise RunError(f"{out}: began with another policy; give another --out")
-    for name in ("float.safetensors", "float.jsonl", "sites.json", "search.jsonl", "search.json"):
-        if (job.run.path / name).is_file() and not (policy is not None and name.startswith("search")):
+    for name in ("float.safetensors", "float.jsonl", "sites.json", *(OF_POLICY if policy is None else ())):
+        if (job.run.path / name).is_file():
             shutil.copyfile(job.run.path / name, new.run.inside(name))
     runs.write_text_atomic(new.run.inside("policy.json"), chosen.to_json() + "\n")
     for stage in ("float", "search"):
@@ -359,7 +361,7 @@ def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Pol
 
 def write_json(job: Job, name: str, content: object) -> None:
     """Write a JSON file into the run directory, atomically; what is not finite becomes null."""
-    runs.write_text_atomic(job.run.inside(name), json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    runs.write_text_atomic(job.run.inside(name), json.dumps(runs.finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def summary(job: Job) -> dict[str, Any]:

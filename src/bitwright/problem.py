@@ -269,6 +269,8 @@ class Problem:
 
     def check(self) -> None:
         """Raise `BudgetError` unless some policy keeps every budget: it says the reachable ranges and the nearest feasible limits."""
+        if not self.budgets:
+            raise BudgetError("problem: a search without a budget has nothing to decide; give one, for example weight_bits<=2.5")
         ranges = allocation.reachable(self)
         for budget, (low, high) in zip(self.budgets, ranges, strict=True):
             if budget.limit < low:

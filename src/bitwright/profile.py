@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bitwright import models
 from bitwright.additivity import FILE as ANSWER
 from bitwright.additivity import check_additivity
-from bitwright.correlation import Correlation
 from bitwright.costs import BitOps, Size, WeightBits
 from bitwright.errors import BitwrightError, RunError, nearest
 from bitwright.exporters.packed import packed_overhead
@@ -27,6 +26,7 @@ from bitwright.policy import Bits
 from bitwright.problem import Problem
 from bitwright.recipe import make_options
 from bitwright.report import render
+from bitwright.report.additive import correlation_text
 from bitwright.report.table import amount, size_text
 from bitwright.report.terminal import new_console
 from bitwright.runs import write_text_atomic
@@ -35,12 +35,16 @@ from bitwright.sensitivity import ScoredMethod, Sensitivity, parse_bits
 from bitwright.sites import Trace, trace
 
 UNIFORM = tuple(Bits(w, a) for w, a in ((32, 32), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (2, 32), (2, 4)))
-POLICIES = 40
-"""Policies that a check of additivity draws unless told otherwise."""
 
 
 def profile(
-    job: Job, *, sensitivity: bool = False, measure: str = "kl", save: str | Path | None = None, policies: int | None = None
+    job: Job,
+    *,
+    sensitivity: bool = False,
+    measure: str = "kl",
+    save: str | Path | None = None,
+    additivity: bool = False,
+    policies: int | None = None,
 ) -> dict[str, Any]:
     """Return the profile of a job's network as JSON-able data.
 
@@ -50,14 +54,15 @@ def profile(
         measure: the method that scores; it takes its options from the recipe if that searches with it. A table of its that is in the
             run directory and not stale is taken instead of measuring again.
         save: write that table to a file, too.
-        policies: also check on so many random policies whether the loss is additive (`bitwright.additivity`), as ``additivity``, and
-            keep the answer in the run directory.
+        additivity: also check on random policies whether the loss is additive (`bitwright.additivity`), as ``additivity``, and keep
+            the answer in the run directory.
+        policies: how many of them; by default as many as `check_additivity` draws.
 
     Raises:
         BitwrightError: sensitivities need trained weights and there are none; or ``measure`` scores nothing.
     """
     result = {"model": job.recipe.model.name, **_table(job.trace, job.overhead)}
-    if not sensitivity and save is None and policies is None:
+    if not sensitivity and save is None and not additivity:
         return result
     method = _method(job, measure)
     problem = job.problem_of(_network(job))
@@ -66,7 +71,7 @@ def profile(
         table.save(save)
     if sensitivity or save is not None:
         result["sensitivity"] = json.loads(table.to_json())
-    if policies is not None:
+    if additivity:
         result["additivity"] = check_additivity(problem, table, policies).to_dict()
         write_text_atomic(job.run.inside(ANSWER), json.dumps(result["additivity"], indent=1) + "\n")
         if (job.run.path / "report.html").is_file():
@@ -222,6 +227,6 @@ def _widest(row: Mapping[Bits, float], kind: str, other: str) -> dict[int, float
 
 def _additivity_lines(content: Mapping[str, Any]) -> list[str]:
     pairs = [("rank correlation", "spearman"), ("linear", "pearson"), ("rank correlation close to the budget", "near_budget")]
-    found = "; ".join(f"{label} {Correlation(**content[name])}" for label, name in pairs)
+    found = "; ".join(f"{label} {correlation_text(content[name])}" for label, name in pairs)
     text = f"is the loss additive? foretold ('{content['measure']}') against measured, {len(content['points'])} policies: {found}"
     return [text, *([f"! {content['warning']}"] if content["warning"] else [])]

@@ -44,6 +44,8 @@ def text_of(row: Mapping[str, Any]) -> str:
 
     >>> text_of({"epoch": 3, "epochs": 10, "loss": 0.25, "selection": 0.9})
     'epoch 3/10  loss 0.2500  selection 90.00 %'
+    >>> text_of({"step": 50, "note": {"loss": 0.25, "margin": 1.5}})
+    'step 50  training loss 0.2500  class margin 1.500'
     """
     if "status" in row:
         seconds = f" in {row['seconds']:.1f} s" if "seconds" in row else ""
@@ -61,4 +63,5 @@ def text_of(row: Mapping[str, Any]) -> str:
     note = row.get("note") or {}
     loss = f"  loss {row['loss']:.4f}" if isinstance(row.get("loss"), float) and row["loss"] == row["loss"] else ""
     loss = loss or (f"  training loss {note['loss']:.4f}" if "loss" in note else "")
-    return f"step {row.get('step', 0)}{loss}"
+    margin = f"  class margin {note['margin']:.3f}" if "margin" in note else ""
+    return f"step {row.get('step', 0)}{loss}{margin}"

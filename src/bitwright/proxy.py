@@ -27,6 +27,8 @@ SHARE = 0.04
 """A proxy's images where their number is not given: this share of the target's (Tang et al., 2023, have 4 %)."""
 HELD_OUT = 0.2
 """Share of a proxy's images on which policies are judged."""
+SMALLEST_STRIDE = 2
+"""Images must be smaller by this before any stride has to shrink."""
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -77,7 +79,8 @@ def adapt(model: nn.Module, trace: Trace, shape: tuple[int, ...], data: Data, op
         seed: of that training.
 
     Raises:
-        SiteError: the last site is no linear layer, so it cannot be replaced by one for other classes.
+        SiteError: the last site is no linear layer on one vector of features an image, so it cannot be replaced by one for other
+            classes; or the stem must change and is a functional call.
         DataError: the network runs on the proxy's images at no size.
     """
     network = copy.deepcopy(model).eval()
@@ -106,7 +109,7 @@ def fold_stem(network: nn.Module, first: str, shape: tuple[int, ...], proxy: tup
     ours, theirs = shape[0], proxy[0]
     if ours == theirs:
         return
-    stem = network.get_submodule(first)
+    stem = _layer(network, first)
     if not isinstance(stem, nn.Conv2d) or stem.in_channels != ours or stem.groups != 1:
         raise SiteError(f"proxy: the first site '{first}' takes no images of {ours} channels; the proxy has {theirs}: give one with {ours}")
     stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True).repeat(1, theirs, 1, 1) / theirs)
@@ -119,13 +122,25 @@ def shrink_strides(network: nn.Module, first: str, shape: tuple[int, ...], proxy
     The stem is the first convolution and a pooling layer after it: nothing branches there.
     """
     ratio = min(shape[1:]) / max(1, min(proxy[1:]))
-    stem = network.get_submodule(first)
+    if ratio < SMALLEST_STRIDE:
+        return
+    stem = _layer(network, first)
     pools = [module for module in network.modules() if isinstance(module, POOLS)]
     for module in (stem, *pools[:1]):
         stride = _stride(module)
         if 1 < stride <= ratio:
             cast(Any, module).stride = (1, 1)
             ratio /= stride
+
+
+def _layer(network: nn.Module, site: str) -> nn.Module:
+    """Return the layer of a site; raises `SiteError` for a functional call, which has none that could be changed."""
+    modules: dict[str, nn.Module] = dict(network.named_modules())
+    if site not in modules:
+        raise SiteError(
+            f"proxy: site '{site}' is a functional call, which cannot be adapted; write it as a layer, such as nn.Conv2d or nn.Linear"
+        )
+    return modules[site]
 
 
 def _stride(module: nn.Module) -> int:
@@ -150,7 +165,7 @@ def replace_head(network: nn.Module, last: str, data: Data, images: int = 2000) 
     Returns:
         The sample-passes that the class means took.
     """
-    old = network.get_submodule(last)
+    old = _layer(network, last)
     if not isinstance(old, nn.Linear):
         raise SiteError(f"proxy: the last site '{last}' is a {type(old).__name__}; other classes need a linear classifier there")
     z, y = features_of(network, last, data.fit.take(images))

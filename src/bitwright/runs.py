@@ -171,21 +171,21 @@ def _sync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
-def _finite(node: object) -> object:
+def finite(node: object) -> object:
     """Replace what JSON cannot say (nan, inf) by None."""
     if isinstance(node, float) and not math.isfinite(node):
         return None
     if isinstance(node, Mapping):
-        return {key: _finite(value) for key, value in node.items()}
+        return {key: finite(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_finite(item) for item in node]
+        return [finite(item) for item in node]
     return node
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, object]) -> None:
     """Append one JSON line; numbers that are not finite become null. Raises `RunError`, with no half line left behind."""
     path = Path(path)
-    line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+    line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:  # unbuffered: a line is one write, and a failed one can be taken back
@@ -344,7 +344,7 @@ class Run:
 
     def finish(self, stage: str, **facts: object) -> None:
         """Mark a stage as finished, with facts worth keeping (seconds, for one)."""
-        self.manifest["stages"][stage] = {"finished": _now(), **{key: _finite(value) for key, value in facts.items()}}
+        self.manifest["stages"][stage] = {"finished": _now(), **{key: finite(value) for key, value in facts.items()}}
         self._write()
 
     def reopen(self, *stages: str) -> None:

@@ -153,6 +153,13 @@ def test_sensitive_sites_get_the_bits_wherever_they_are(kind, seed):
 def test_options_and_networks_that_do_not_fit(linear, images):
     with pytest.raises(RecipeError, match="fisher: samples=0, group=8; give at least 1 of each"):
         Fisher(samples=0)
+    for options, message in (
+        ({"block": "kernal"}, r"fisher: block='kernal' is unknown; did you mean 'kernel'\?"),
+        ({"labels": "foo"}, "fisher: labels='foo' is unknown; known: model, given"),
+        ({"errors": "bar"}, "fisher: errors='bar' is unknown; known: nearest, second-order"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Fisher(**options)
     with torch.no_grad():
         linear[1].bias[0] = math.inf
     with pytest.raises(TrainingError, match="fisher: the gradients at site '1' are not finite"):

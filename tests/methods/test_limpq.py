@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitwright.costs import Budget, WeightBits
 from bitwright.driver import search
 from bitwright.errors import RecipeError, SiteError, TrainingError
 from bitwright.methods import limpq
@@ -99,7 +100,8 @@ def test_pinned_sites_score_nothing_and_a_problem_of_pins_is_solved():
     problem = planted("conv", seed=0).problem
     scores = LIMPQ(max_steps=1, batch_size=16).scores(problem)
     assert scores["stem"].tolist() == [0.0]
-    pinned = Problem(problem.model, problem.trace, {name: (Bits(8, 32),) for name in problem.choices}, [], problem.data)
+    ample = Budget(WeightBits(), 10**9, "weight_bits<=32")
+    pinned = Problem(problem.model, problem.trace, {name: (Bits(8, 32),) for name in problem.choices}, ample, problem.data)
     assert search(pinned, LIMPQ()).policy["stem"] == Bits(8, 32)
     assert all(score.tolist() == [0.0] for score in LIMPQ().scores(pinned).values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -11,11 +12,12 @@ from safetensors.torch import save_file
 
 import bitwright.methods
 from bitwright import cli, runs
-from bitwright.driver import SearchMethod
-from bitwright.errors import RecipeError
+from bitwright.driver import SearchMethod, search
+from bitwright.errors import RecipeError, RunError
 from bitwright.methods import available, get_method
 from bitwright.methods.uniform import Uniform
 from bitwright.policy import Policy
+from bitwright.testing import table_problem
 
 OUTSIDE = '''
 """Narrowing: every site at one of its choices, from the widest down, until the budget holds."""
@@ -94,6 +96,45 @@ def test_a_method_from_another_package_searches_from_the_command_line(monkeypatc
     assert result["average_weight_bits"] <= 4
     assert cli.main(["search", str(out), "--again", "--json"]) == 0  # the recipe in the run directory names it too
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["search"]["method"] == "elsewhere.narrowing:Narrowing"
+
+
+def test_a_file_in_the_working_directory_is_a_method(monkeypatch, tmp_path):
+    (tmp_path / "own_narrowing.py").write_text(OUTSIDE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert get_method("own_narrowing:Narrowing")().notches == 1
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("own_syntax", "x = (\n", r"cannot be imported: SyntaxError: .* \(\S*own_syntax.py, line 1\); mend that file"),
+        ("own_fails", "x = 1\ny = 1 / 0\n", r"imported: ZeroDivisionError: division by zero \(\S*own_fails.py, line 2\); mend that file"),
+        (
+            "own_plain",
+            OUTSIDE.replace("@dataclass(frozen=True)\n", ""),
+            r"is no dataclass of options; write @dataclass\(frozen=True\) above class Narrowing in \S*own_plain.py",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(name, text, message, monkeypatch, tmp_path):
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        get_method(f"{name}:Narrowing")
+
+
+def test_a_search_by_an_edited_file_does_not_go_on(monkeypatch, tmp_path):
+    (tmp_path / "own_edited.py").write_text(OUTSIDE)
+    monkeypatch.chdir(tmp_path)
+    small = table_problem([[1.0, 0.5]] * 2, [[[2, 4]] * 2], [8])
+    kind = get_method("own_edited:Narrowing")
+    search(small, kind(), out=tmp_path / "run")
+    search(small, kind(), out=tmp_path / "run")
+    (tmp_path / "own_edited.py").write_text(OUTSIDE + "# changed")
+    with pytest.raises(RunError, match="holds a search with another source"):
+        search(small, kind(), out=tmp_path / "run")
 
 
 def test_entry_points_add_methods(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bitwright.driver import search
 from bitwright.errors import RecipeError
 from bitwright.methods.seam import SEAM, MarginLoss, State, class_centres, classifier, gumbel
 from bitwright.problem import Problem, SearchData, build_choices
+from bitwright.runs import read_jsonl
 from bitwright.sites import trace
 from bitwright.testing import Kind, check_method, planted
 from bitwright.training import FinetuneOptions
@@ -88,6 +90,15 @@ def test_gates_are_one_hot_draws_with_the_gradient_of_the_softmax() -> None:
     assert (counts / 500 - p.detach()).abs().max() < 0.1
     (gradient,) = torch.autograd.grad((gates * torch.arange(p.shape[1])).sum(), p)
     assert gradient.abs().sum() > 0
+
+
+def test_the_class_margin_is_kept_with_every_proposal(tmp_path: Path) -> None:
+    plant = planted("conv", 0)
+    search(plant.problem, SEAM(**(SHORT | {"max_steps": 60})), out=tmp_path)
+    notes = [line["note"] for line in read_jsonl(tmp_path / "search.jsonl")[1:]]
+    assert len(notes) == 2
+    assert all(math.isfinite(note["margin"]) for note in notes)
+    assert notes[0]["margin"] != notes[1]["margin"]
 
 
 def test_gumbel_draws_have_their_mean_and_variance() -> None:

@@ -8,11 +8,13 @@ import inspect
 import pkgutil
 import re
 import sys
-from importlib.metadata import entry_points
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from bitwright.driver import SearchMethod
 from bitwright.errors import RecipeError, nearest
+from bitwright.outside import import_from_here, last_line, place_of
 
 GROUP = "bitwright.methods"
 """The entry-point group by which an installed package adds methods."""
@@ -25,29 +27,27 @@ def available() -> dict[str, type[SearchMethod[Any]]]:
     ['fisher', 'random', 'uniform']
     """
     own = {name: _in_module(f"{__name__}.{name}") for name in _names()}
-    added = {entry.name: _checked(entry.load(), f"entry point '{entry.name}'") for entry in entry_points(group=GROUP)}
+    added = {entry.name: _entered(entry) for entry in entry_points(group=GROUP)}
     return dict(sorted((added | own).items()))
 
 
 def get_method(name: str) -> type[SearchMethod[Any]]:
-    """Return the method of a name, or the class that ``"package.module:Class"`` says.
+    """Return the method of a name, or the class that ``"package.module:Class"`` says (the working directory is looked into as well).
 
     Raises:
-        RecipeError: there is no such method, or it is none.
+        RecipeError: there is no such method, it is none, or its file cannot be imported.
 
     >>> get_method("uniform").ranking
     'loss'
     """
     module, colon, attribute = name.partition(":")
     if colon:
-        try:
-            return _checked(getattr(importlib.import_module(module), attribute), f"method '{name}'")
-        except (ImportError, AttributeError, ValueError) as error:
-            raise RecipeError(f"method '{name}' cannot be imported ({error}); give package.module:Class") from None
+        what = f"method '{name}'"
+        return _checked(_imported(what, lambda: getattr(import_from_here(module), attribute)), what)
     if name in _names():
         return _in_module(f"{__name__}.{name}")
     for entry in entry_points(group=GROUP, name=name):
-        return _checked(entry.load(), f"entry point '{name}'")
+        return _entered(entry)
     raise RecipeError(f"unknown method '{name}'; {nearest(name, _names())}, or package.module:Class for one of your own")
 
 
@@ -63,9 +63,28 @@ def _in_module(name: str) -> type[SearchMethod[Any]]:
     raise RecipeError(f"{name}: holds no SearchMethod; a file in this folder is one method")
 
 
+def _entered(entry: EntryPoint) -> type[SearchMethod[Any]]:
+    """Return the method of an installed package."""
+    what = f"entry point '{entry.name}'"
+    return _checked(_imported(what, entry.load), what)
+
+
+def _imported(what: str, load: Callable[[], object]) -> object:
+    """Return what is loaded from somebody else's file; whatever goes wrong in it is theirs to mend."""
+    try:
+        return load()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(f"{what} cannot be imported ({error}); give package.module:Class") from None
+    except Exception as error:
+        raise RecipeError(f"{what} cannot be imported: {last_line(error)} ({place_of(error)}); mend that file") from None
+
+
 def _checked(kind: object, what: str) -> type[SearchMethod[Any]]:
     if not (inspect.isclass(kind) and issubclass(kind, SearchMethod)) or inspect.isabstract(kind):
         raise RecipeError(f"{what} is no search method; give a class that derives from bitwright.driver.SearchMethod")
+    if not dataclasses.is_dataclass(kind):
+        file = sys.modules[kind.__module__].__file__
+        raise RecipeError(f"{what} is no dataclass of options; write @dataclass(frozen=True) above class {kind.__name__} in {file}")
     return kind
 
 

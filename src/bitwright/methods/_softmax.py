@@ -111,6 +111,10 @@ class SoftmaxMethod(SupernetMethod[S]):
     def observe(self, net: Supernet, state: S, gates: Tensor, gradients: Tensor) -> None:
         """Take note of a step's gates and of the loss's gradient in them, both ``[row, candidate]``."""
 
+    def note(self, state: S) -> dict[str, float]:
+        """Return the numbers that a proposal carries along."""
+        return {"loss": state.loss, "strength": float(state.strength.max())}
+
     def _move(self, net: Supernet, state: S, alpha: Tensor, probabilities: Tensor, pull: Tensor) -> None:
         """Move α against the loss and the pressure of the budgets."""
         costs = net.decisions.expected_costs(probabilities)
@@ -136,7 +140,7 @@ class SoftmaxMethod(SupernetMethod[S]):
         free = [(decisions.rows[r], p[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": [float(share) for share in own[: len(row.widths)]] for row, own in free}
         expected = decisions.expected_spending(p)
-        return Proposal(policy, expected, gates, {"loss": state.loss, "strength": float(state.strength.max())})
+        return Proposal(policy, expected, gates, self.note(state))
 
 
 def shares(alpha: Tensor, decisions: Decisions, temperature: float) -> Tensor:

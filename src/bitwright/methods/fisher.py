@@ -19,13 +19,13 @@ Kunstner et al., 2019, on its flaws) that does not hold, and every sample gets a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bitwright.errors import RecipeError, TrainingError
+from bitwright.errors import RecipeError, TrainingError, nearest
 from bitwright.problem import Problem
 from bitwright.quant.bench import Bench, Place, Probe
 from bitwright.quant.codes import rounded_errors
@@ -35,6 +35,8 @@ from bitwright.sensitivity import ScoredMethod
 CALIBRATION = 256
 """Fit images whose activations set the step sizes of activation quantizers."""
 Block = Literal["weight", "kernel", "channel", "layer"]
+Labels = Literal["model", "given"]
+Errors = Literal["nearest", "second-order"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class Fisher(ScoredMethod):
     samples: int = 512
     group: int = 8
     block: Block = "kernel"
-    labels: Literal["model", "given"] = "model"
-    errors: Literal["nearest", "second-order"] = "nearest"
+    labels: Labels = "model"
+    errors: Errors = "nearest"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.group < 1:
             raise RecipeError(f"fisher: samples={self.samples}, group={self.group}; give at least 1 of each")
+        for name, known in (("block", Block), ("labels", Labels), ("errors", Errors)):
+            value = getattr(self, name)
+            if value not in get_args(known):
+                raise RecipeError(f"fisher: {name}='{value}' is unknown; {nearest(value, get_args(known))}")
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return the estimated increase of the KL divergence by every choice."""

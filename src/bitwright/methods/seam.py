@@ -109,6 +109,10 @@ class SEAM(SoftmaxMethod[State]):
             state.draws[:, 1:, side] += share
         state.margin = _loss_of(state).settle()
 
+    def note(self, state: State) -> dict[str, float]:
+        """Return also the mean class margin of the last batch, which the regularizer is to keep."""
+        return {**super().note(state), "margin": state.margin}
+
     def values(self, net: Supernet, state: State, probabilities: Tensor) -> Tensor:
         """Return what every width was seen to add to the loss, against the widest."""
         return losses_of_gains(state.gains, state.draws, net.errors(), net.decisions)

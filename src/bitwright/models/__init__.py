@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +16,7 @@ from bitwright.models.mobilenetv2 import MobileNetV2
 from bitwright.models.resnet import resnet18, resnet50
 from bitwright.models.resnet8 import ResNet8
 from bitwright.models.weights import load_weights, read_weights
+from bitwright.outside import import_from_here
 
 __all__ = ["available", "build", "load_weights", "read_weights"]
 
@@ -89,19 +87,12 @@ def _factory(name: str) -> Factory:
 
 def _import(name: str, module: str) -> Any:
     """Import a module as Python run in the working directory would."""
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
     try:
-        return importlib.import_module(module)
+        return import_from_here(module)
     except ImportError as error:
         vision = module.partition(".")[0] in {"timm", "torchvision"}
         ask = "pip install 'bitwright[vision]'" if vision else "install it, or check the spelling"
         raise BitwrightError(f"model '{name}': cannot import {module} ({error}); {ask}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 def _check_arguments(name: str, factory: Factory, arguments: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from html import escape
 
 from bitwright.correlation import Correlation
 from bitwright.report.charts import Line, cloud
-from bitwright.report.facts import Facts
+from bitwright.report.facts import Facts, Row
 from bitwright.report.parts import pairs
 
 GROUPS = {"budget": ("close below the budget", "series-1"), "choices": ("uniform over the choices", "series-3")}
@@ -14,6 +14,15 @@ NOTE = (
     "Each point is a random policy: what its sites' sensitivities, each measured with all other sites in float, add up to, against "
     "the loss of the whole policy; on the dashed line both are equal. An allocation relies on the order alone: the rank correlation."
 )
+
+
+def correlation_text(content: Row | None) -> str:
+    """Return a correlation of additivity.json as text.
+
+    >>> correlation_text(None)
+    'unavailable: too few different policies lie there'
+    """
+    return "unavailable: too few different policies lie there" if content is None else str(Correlation(**content))
 
 
 def additivity(facts: Facts) -> str:
@@ -28,7 +37,7 @@ def additivity(facts: Facts) -> str:
     chart = cloud(series, x_label=f"foretold loss ('{content['measure']}')", y_label="measured loss", title="foretold and measured loss")
     rows = [
         (f"rank correlation, {len(content['points'])} policies", str(Correlation(**content["spearman"]))),
-        ("… close below the budget alone", str(Correlation(**content["near_budget"]))),
+        ("… close below the budget alone", correlation_text(content["near_budget"])),
         ("linear correlation", str(Correlation(**content["pearson"]))),
     ]
     good = f"It is, well enough to allocate by: the rank correlation is not below {content['threshold']}."
