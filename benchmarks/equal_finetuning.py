@@ -84,8 +84,8 @@ def main() -> None:
     drawn = [row["top1"] for row in rows if row["policy"].startswith("random ")]
     error = statistics.stdev(drawn) / len(drawn) ** 0.5
     mean = {"policy": "random mean", "n": len(drawn), "top1": statistics.fmean(drawn), "standard_error": error}
-    gap = {**rows[0], "policy": "sdq - random mean", "top1": rows[0]["top1"] - mean["top1"]}
-    print(write("equal-finetuning", [*rows, {**mean, **environment()}, {**gap, "standard_errors": gap["top1"] / error}]))
+    gap = {"policy": "sdq - random mean", "n": len(drawn), "top1": rows[0]["top1"] - mean["top1"]}
+    print(write("equal-finetuning", [*rows, {**mean, **environment()}, {**gap, **environment(), "standard_errors": gap["top1"] / error}]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +106,32 @@ def test_where_mixing_gains_nothing_only_the_ranks_decide() -> None:
 def test_the_best_policy_is_the_exact_allocation(plant: Planted) -> None:
     content = certify(plant.problem, plant.problem, plant.optimum)
     assert content["predicted"]["best"] <= min(content["predicted"]["found"], content["predicted"]["uniform"])
+
+
+def test_nothing_to_gain_is_said(plant: Planted) -> None:
+    _, reasons = verdict(0.9, {"found": 1.2, "uniform": 1.0, "best": 1.0}, rival="the cheapest policy (no uniform one fits)")
+    assert "mixing has nothing to gain over the cheapest policy (no uniform one fits), and the policy is worse than it" in reasons[1]
+    assert "keeps" not in reasons[1]
+
+
+def test_few_sites_leave_the_correlation_unknown() -> None:
+    safe, reasons = verdict(0.9, {"found": 1.2, "uniform": 2.0, "best": 1.0}, few_sites=4)
+    assert not safe
+    assert "it is not known: 4 free sites are too few" in reasons[0]
+
+
+def test_a_certificate_of_few_sites_is_not_safe_unless_the_interval_is_sure(plant: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    for low, sites, safe in ((0.69, 5, False), (0.7, 5, True), (1.0, 4, False), (0.5, 8, True)):
+        found = {"value": 0.9, "interval": [low, 1.0], "n": sites}
+        monkeypatch.setattr("bitwright.certificate.rank_correlation", lambda a, b, *, seed=0, found=found: found)
+        assert certify(plant.problem, plant.problem, plant.optimum)["safe"] is safe
+
+
+def test_committed_verdicts_stand() -> None:
+    """Of ResNet-20's 18 or more free sites."""
+    with (Path(__file__).parents[1] / "results" / "transfer.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["safe"]]
+    assert rows
+    for row in rows:
+        predicted = {name: float(row[f"predicted_{name}"]) for name in ("found", "uniform", "best")}
+        assert verdict(float(row["correlation"]), predicted)[0] == (row["safe"] == "True"), row["arm"]

@@ -21,9 +21,10 @@ from bitwright import runs
 from bitwright.driver import Proposal, SearchMethod, Stop, Trial, pareto_front, search
 from bitwright.errors import BitwrightError, BudgetError, PolicyError, RunError, TrainingError
 from bitwright.methods import available
+from bitwright.methods.random import Random
 from bitwright.policy import Policy
 from bitwright.problem import Problem
-from bitwright.testing import table_problem
+from bitwright.testing import planted, table_problem
 
 VALUES = [[9.0, 4.0, 1.0], [3.0, 1.0, 0.0]]
 TERMS = [[[1, 2, 4], [1, 2, 5]]]
@@ -483,3 +484,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         search(problem(), Walk(), out=tmp_path / "parts", save_every=4)
     monkeypatch.setattr(runs, "save_tree", good)
     assert timeless(search(problem(), Walk(), out=tmp_path / "parts", save_every=4)) == timeless(whole)
+
+
+def test_a_resumed_search_counts_as_many_sample_passes(tmp_path):
+    """A new session calibrates again what an earlier one had; that is no cost of the search."""
+    plant = planted("joint").problem
+
+    def fresh():  # with the reference loss, which calibrates
+        return Problem(plant.model, plant.trace, plant.choices, plant.budgets, plant.data)
+
+    method = Random(count=6)
+    whole = search(fresh(), method)
+    for steps in (0, 2, 4):
+        search(fresh(), method, out=tmp_path, stop=Stop(steps=steps))
+    assert search(fresh(), method, out=tmp_path).sample_passes == whole.sample_passes > 0

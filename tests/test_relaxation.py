@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from bitwright.costs import BitOps, Budget, WeightBits
+from bitwright.data import TensorSplit
+from bitwright.driver import search
 from bitwright.errors import SiteError
+from bitwright.methods.edmips import EdMIPS
 from bitwright.policy import Bits
-from bitwright.problem import Problem, build_choices
+from bitwright.problem import Problem, SearchData, build_choices
 from bitwright.relaxation import Decisions, logistic, rows_of
 from bitwright.sites import trace
 
@@ -169,3 +172,29 @@ def test_logistic_noise_has_the_logistic_distribution():
     torch.manual_seed(3)
     assert torch.equal(logistic(40_000), g)
     assert bool(torch.isfinite(g).all())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(1, 2))
+        return self.head((x @ x.mT).softmax(-1) @ x).mean(1)
+
+
+def test_functional_calls_name_the_remedy_and_it_works():
+    model, images = Attention().eval(), torch.randn(32, 1, 3, 6)
+    data = SearchData(*(TensorSplit(images, torch.arange(32) % 4, classes=4) for _ in range(2)))
+
+    def problem(activations, skip=()):
+        traced = trace(model, images[:2], skip=skip)
+        choices = build_choices(traced, weights=(2, 4, 8), activations=activations, pin_first="free", pin_last="free")
+        return Problem(model, traced, choices, Budget(WeightBits(), 240, "weight_bits<=240"), data)
+
+    for activations in ((4, 8), (8,)):
+        with pytest.raises(SiteError, match=r"site '#0' and 1 more: .*attention products.*search.skip=\[\"#0\", \"#1\"\]"):
+            rows_of(problem(activations), "layer")
+    mended = problem((4, 8), skip=["#0", "#1"])
+    assert mended.feasible(search(mended, EdMIPS(max_steps=2, batch_size=16)).policy)

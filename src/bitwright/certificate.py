@@ -31,6 +31,10 @@ CORRELATION = 0.7
 """Least rank correlation of layer sensitivities of a proxy that counts as safe; benchmarks/transfer.py measures what it is worth."""
 KEPT = 0.4
 """Least share of the foretold gain over uniform that a policy must keep: what searching on the target's own sensitivities gains is 1."""
+SITES = 8
+"""Free sites from which a rank correlation counts by itself; of fewer its interval's lower end must reach the threshold, too."""
+FEWEST = 5
+"""Free sites below which no order tells anything: four fall into any order by chance once in 24 times, and resampling does not show it."""
 BINS = 24
 
 
@@ -55,7 +59,9 @@ def certify(target: Problem, proxy: Problem, policy: Policy) -> dict[str, Any]:
     named = {"found": policy} if uniform is None else {"found": policy, "uniform": uniform}
     rivals = {"uniform": uniform or target.cheapest(), "best": solve(target, known["target"])}
     predicted = {name: predicted_loss(target, known["target"], chosen) for name, chosen in ({"found": policy} | rivals).items()}
-    safe, reasons = verdict(correlation["value"], predicted)
+    stand_in = "uniform" if uniform is not None else "the cheapest policy (no uniform one fits)"
+    few = correlation["n"] < FEWEST or (correlation["n"] < SITES and correlation["interval"][0] < CORRELATION)
+    safe, reasons = verdict(correlation["value"], predicted, few_sites=correlation["n"] if few else None, rival=stand_in)
     sides = {"target": target, "proxy": proxy}
     single = [
         f"the {name} has fewer than two classes, so no class margin can be kept" for name, side in sides.items() if _classes(side) < 2
@@ -108,23 +114,34 @@ def predicted_loss(problem: Problem, scores: Mapping[str, Tensor], policy: Polic
     return float(sum(scores[name][place] for name, place in zip(problem.choices, places, strict=True)))
 
 
-def verdict(correlation: float, predicted: Mapping[str, float]) -> tuple[bool, list[str]]:
+def verdict(
+    correlation: float, predicted: Mapping[str, float], *, few_sites: int | None = None, rival: str = "uniform"
+) -> tuple[bool, list[str]]:
     """Return whether a policy is safe to transfer, and why.
+
+    Args:
+        correlation: of the layers' sensitivities on proxy and target.
+        predicted: summed target sensitivity of the policy ``found``, of ``uniform`` and of the ``best``.
+        few_sites: number of free sites where they are too few for the correlation to be known; None where they are enough.
+        rival: what stands for uniform.
 
     >>> verdict(0.9, {"found": 1.2, "uniform": 2.0, "best": 1.0})[0], verdict(0.1, {"found": 1.2, "uniform": 2.0, "best": 1.0})[0]
     (True, False)
     """
-    ranked = correlation >= CORRELATION
-    side = "at least" if ranked else "below"
+    ranked = correlation >= CORRELATION and few_sites is None
+    side = "at least" if correlation >= CORRELATION else "below"
     reasons = [f"layer sensitivities on proxy and target have rank correlation {correlation:.2f}, {side} the threshold {CORRELATION}"]
+    if few_sites is not None:
+        reasons[0] += f", and it is not known: {few_sites} free sites are too few, of {SITES} or more it counts by itself"
     gain, most = predicted["uniform"] - predicted["found"], predicted["uniform"] - predicted["best"]
     enough = gain >= KEPT * most
-    share = f"{gain / most:.0%}" if most > 0 else "all"
-    reasons.append(
-        f"by the target's sensitivities the policy keeps {share} of what mixing can gain over uniform "
-        f"(foretold loss {predicted['found']:.4g}, uniform {predicted['uniform']:.4g}, best {predicted['best']:.4g}), "
-        f"{'at least' if enough else 'below'} the threshold {KEPT:.0%}"
-    )
+    figures = f"(foretold loss {predicted['found']:.4g}, {rival} {predicted['uniform']:.4g}, best {predicted['best']:.4g})"
+    if most > 0:
+        kept = f"the policy keeps {gain / most:.0%} of what mixing can gain over {rival} {figures}"
+        reasons.append(f"by the target's sensitivities {kept}, {'at least' if enough else 'below'} the threshold {KEPT:.0%}")
+    else:
+        worth = "is no worse than" if enough else "is worse than"
+        reasons.append(f"by the target's sensitivities mixing has nothing to gain over {rival}, and the policy {worth} it {figures}")
     return ranked and enough, reasons
 
 

@@ -133,6 +133,7 @@ class Problem:
         self._data = None if data is None else SearchData(data.fit, data.selection)
         self._evaluate = evaluate
         self._losses: dict[Policy, float] = {}
+        self._calibrated: set[tuple[str, int]] = set()
 
     @property
     def data(self) -> SearchData:
@@ -240,8 +241,12 @@ class Problem:
         return self._losses[key]
 
     def remember(self, policy: Mapping[str, Bits], loss: float) -> None:
-        """Take a loss that an earlier session of a search evaluated, so that it is not evaluated again; nan says it was not."""
+        """Take a loss that an earlier session of a search evaluated, so that it is not evaluated again; nan says it was not.
+
+        What that evaluation calibrated counts no more in `sample_passes` either.
+        """
         if not math.isnan(loss):
+            self._calibrated.update((name, bits.a) for name, bits in policy.items())
             self._losses.setdefault(self.policy(self.index(policy)), loss)
 
     @cached_property
@@ -250,7 +255,8 @@ class Problem:
             return self._evaluate
         from bitwright.quant.reference import ReferenceLoss  # noqa: PLC0415  (only where it is used)
 
-        return ReferenceLoss(self.model, self.data.selection, self.data.fit, self.sites, self.seed, spend=self.spend)
+        splits = (self.data.selection, self.data.fit)
+        return ReferenceLoss(self.model, *splits, self.sites, self.seed, spend=self.spend, calibrated=self._calibrated)
 
     def uniform(self) -> Policy | None:
         """Return the widest policy of one width pair that keeps every budget, or None.

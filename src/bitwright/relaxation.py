@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -49,8 +50,14 @@ def rows_of(problem: Problem, granularity: Granularity) -> tuple[Row, ...]:
     ``layer1.0.conv2``), ``net`` for all free sites together. Pinned sites have rows of one width.
 
     Raises:
-        SiteError: the choices of a site are not all pairs of some weight and some input widths.
+        SiteError: a site is a functional call, which cannot run on a gate, such as a product of two activations; or its choices
+            are not all pairs of some weight and some input widths.
     """
+    calls = [site.name for site in problem.sites if any("#" in layer for layer in site.layers)]
+    if calls:
+        seen = f"site '{calls[0]}'" + (f" and {len(calls) - 1} more" if calls[1:] else "")
+        why = "computed by functional calls (attention products, say), which this method cannot put on gates"
+        raise SiteError(f"{seen}: {why}; leave them in float with search.skip={json.dumps(calls)}, or take kl, fisher or greedy")
     groups: dict[tuple[object, ...], list[str]] = {}
     for site in problem.sites:
         choices = problem.choices[site.name]

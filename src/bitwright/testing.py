@@ -454,9 +454,13 @@ def _invalid(problem: Problem, result: Result) -> list[str]:
     return wrong
 
 
+SAME = ("policy", "loss", "costs", "status", "steps", "sample_passes")
+"""What a search that was stopped and resumed reports like one that was not."""
+
+
 def _differences(whole: Result, pieces: Result, *folders: Path) -> list[str]:
     """Return how a search that was stopped and resumed differs from one that was not."""
-    values = [(name, getattr(whole, name), getattr(pieces, name)) for name in ("policy", "loss", "costs", "status", "steps")]
+    values = [(name, getattr(whole, name), getattr(pieces, name)) for name in SAME]
     wrong = [f"stopped and resumed, its {name} is {got} instead of {want}" for name, want, got in values if want != got]
     if [_timeless(trial) for trial in whole.history] != [_timeless(trial) for trial in pieces.history]:
         wrong.append("stopped and resumed, its history is another")

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from bitwright.costs import Budget
 from bitwright.driver import search
 from bitwright.errors import RecipeError
 from bitwright.methods._softmax import shares, widest_first
 from bitwright.methods.edmips import EdMIPS
+from bitwright.problem import Problem
 from bitwright.relaxation import Decisions
 from bitwright.testing import Kind, check_method, planted
 
@@ -26,6 +28,20 @@ def test_how_near_the_planted_optimum(kind: Kind, gap: float) -> None:
     """On convolutions a mixture of several low widths is more precise than any of them, so 1 bit looks better than it is."""
     plant = planted(kind, 0)
     assert plant.gap(search(plant.problem, EdMIPS(**SHORT)).history[-1].proposed) <= gap
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_loose_budget_is_spent(seed: int) -> None:
+    """The pressure of a budget rests where it is kept, and what the most probable policy leaves of it goes to wider candidates."""
+    plant = planted("linear", seed)
+    problem, best = plant.problem, plant.problem.policy([len(own) - 1 for own in plant.problem.choices.values()])
+    limit = round(0.6 * problem.costs(best)[0])
+    budget = Budget(problem.budgets[0].cost, limit, f"weight_bits<={limit}")
+    loose = Problem(problem.model, problem.trace, problem.choices, budget, problem.data, seed=seed, evaluate=problem.loss)
+    found = search(loose, EdMIPS(**(SHORT | {"max_steps": 60})))
+    assert 0.95 * limit <= found.costs[0] <= limit
+    assert found.uniform is not None
+    assert found.loss <= found.uniform.loss
 
 
 def test_the_composite_is_the_softmax_weighted_sum() -> None:

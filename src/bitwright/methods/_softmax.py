@@ -74,6 +74,10 @@ class SoftmaxMethod(SupernetMethod[S]):
     def values(self, net: Supernet, state: S, probabilities: Tensor) -> Tensor:
         """Return what the final allocation minimises the sum of, ``[row, candidate]``."""
 
+    def allocated(self, net: Supernet, state: S, probabilities: Tensor) -> Policy | None:
+        """Return the policy of least summed value within the budgets, or None if no policy keeps them."""
+        return net.decisions.allocate(self.values(net, state, probabilities), probabilities >= 0)
+
     def net(self, problem: Problem) -> Supernet:
         """Return the super-network of a problem: every row mixes all of its widths."""
         return Supernet(self, problem, Decisions(problem, self.granularity))
@@ -116,14 +120,15 @@ class SoftmaxMethod(SupernetMethod[S]):
         return {"loss": state.loss, "strength": float(state.strength.max())}
 
     def _move(self, net: Supernet, state: S, alpha: Tensor, probabilities: Tensor, pull: Tensor) -> None:
-        """Move α against the loss and the pressure of the budgets."""
+        """Move α against the loss and the pressure of the budgets that are still exceeded: one that is kept asks for nothing."""
         costs = net.decisions.expected_costs(probabilities)
         pushes = torch.stack([torch.autograd.grad(cost, alpha, retain_graph=True)[0] for cost in costs])
         if state.step == 0:  # as strong as the loss is at the start
             state.strength.copy_(pull.norm() / pushes.flatten(1).norm(dim=1).clamp_min(1e-12))
         tighten(state.strength, costs.detach(), state.start_cost, (state.step + 1) / (self.descent * self.steps(net.problem)))
         state.step += 1
-        total = pull + (state.strength[:, None, None] * pushes).sum(0)
+        over = (costs.detach() > 1).to(pushes)
+        total = pull + ((state.strength * over)[:, None, None] * pushes).sum(0)
         state.alpha -= self.alpha_lr * adam(total, state.first, state.second, state.step)
 
     def _temperature(self, problem: Problem, state: S) -> float:
@@ -136,7 +141,7 @@ class SoftmaxMethod(SupernetMethod[S]):
         p = shares(state.alpha, decisions, self._temperature(net.problem, state))
         policy: Policy = decisions.policy(p.argmax(1).tolist())
         if last and self.final == "allocate":
-            policy = decisions.allocate(self.values(net, state, p), p >= 0) or policy
+            policy = self.allocated(net, state, p) or policy
         free = [(decisions.rows[r], p[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": [float(share) for share in own[: len(row.widths)]] for row, own in free}
         expected = decisions.expected_spending(p)

@@ -53,6 +53,9 @@ class State(SoftmaxState):
 class SEAM(SoftmaxMethod[State]):
     """Options of SEAM; the others are those of `SoftmaxMethod` and, for the weights' training, `SupernetMethod`.
 
+    Differs: the gates choose which widths are drawn, and so measured; by default (``final="allocate"``) the measured gains alone
+    decide. ``final="argmax"`` reads the gates, as the paper's family does.
+
     Attributes:
         margin: weight μ of the large-margin regularizer; 0 leaves it out (the control).
         gate: ``drawn`` takes one-hot Gumbel-softmax draws, ``mixed`` the softmax itself (EdMIPS's composite).

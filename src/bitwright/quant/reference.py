@@ -14,6 +14,7 @@ from bitwright.errors import PolicyError, nearest
 from bitwright.policy import Policy
 from bitwright.quant.batchnorm import collect, correct_batchnorm
 from bitwright.quant.bench import Bench
+from bitwright.quant.functional import UNTOUCHED
 
 if TYPE_CHECKING:
     from bitwright.data import Split
@@ -55,6 +56,7 @@ class ReferenceLoss:
         seed: chooses which images of the two splits.
         count: images of the selection split that the loss looks at.
         spend: told how many images each evaluation passes through a network.
+        calibrated: pairs of a site and an activation width that an earlier session has calibrated: not told again; added to.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class ReferenceLoss:
         *,
         count: int = IMAGES,
         spend: Callable[[int], None] = lambda images: None,
+        calibrated: set[tuple[str, int]] | None = None,
     ):
         generator = torch.Generator().manual_seed(seed)
         self.model = copy.deepcopy(model).eval()
         self.sites, self.spend = sites, spend
+        self.calibrated = set() if calibrated is None else calibrated
         self.images = selection.batch(torch.randperm(len(selection), generator=generator)[:count], None)[0]
         self.calibration = calibration.batch(torch.randperm(len(calibration), generator=generator)[:CHUNK], None)[0]
         self.outputs = self._outputs(self.model)
@@ -91,7 +95,7 @@ class ReferenceLoss:
             if name not in policy or name not in names:
                 what = f"site '{name}' has no entry; add it" if name in names else f"the model has no site '{name}'; {nearest(name, names)}"
                 raise PolicyError(f"policy: {what}")
-        network, calibrated = self._bench.network, self._bench.passes
+        network = self._bench.network
         kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
         with torch.no_grad(), self._bench.at(policy):
             correct_batchnorm(network, self.model, self.calibration, self.statistics)
@@ -99,5 +103,7 @@ class ReferenceLoss:
             for name, buffer in network.named_buffers():
                 if name in kept:
                     buffer.copy_(kept[name])
-        self.spend(len(self.images) + len(self.calibration) + self._bench.passes - calibrated)
+        new = {(name, bits.a) for name, bits in policy.items() if bits.a < UNTOUCHED} - self.calibrated
+        self.calibrated |= new
+        self.spend(len(self.images) + len(self.calibration) * (2 if new else 1))
         return float(divergence(self.outputs, outputs))
