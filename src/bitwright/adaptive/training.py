@@ -371,7 +371,10 @@ class _Trainer:
             self.actor_optimizer.zero_grad(set_to_none=True)
 
     def _control(self, spent: float, *, warm: bool, fixed: bool) -> None:
-        """Move λ, the price of the budget, by what is spent over it; in the final part only the actor's price follows, slowly."""
+        """Move λ, the price of the budget, by what is spent over it; in the final part only the actor's price follows, slowly.
+
+        Once nothing is drawn any more, λ may fall below zero: weights that got used to few bits do not ask for what is left of the budget.
+        """
         progress = self.progress
         progress.mean_cost += 0.1 * (spent - progress.mean_cost)
         if warm or not self.actor_optimizer:
@@ -382,8 +385,9 @@ class _Trainer:
                 self.net.actor.price += 0.2 * (progress.mean_cost - 1) / self.net.span
             return
         excess = (progress.mean_cost - 1) / self.net.span
-        progress.integral = max(0.0, progress.integral + 10 * self.options.patience * excess / self.steps)
-        progress.strength = max(0.0, progress.integral + PULL * excess)
+        least = 0.0 if progress.step < self.options.quiet * self.steps else -math.inf
+        progress.integral = max(least, progress.integral + 10 * self.options.patience * excess / self.steps)
+        progress.strength = max(least, progress.integral + PULL * excess)
 
     def _end_epoch(self, seconds: float, log: Log | None) -> None:
         progress = self.progress
