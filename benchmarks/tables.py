@@ -25,7 +25,7 @@ are judged on 5,000 held-out training images, and the last epoch's network is th
 
 def percent(value: str, digits: int = 2) -> str:
     """Return a share as a percentage."""
-    return f"{100 * float(value):.{digits}f}" if value else ""
+    return f"{100 * float(value):.{digits}f}" if value not in ("", "nan") else ""
 
 
 def number(value: str, digits: int = 3) -> str:
