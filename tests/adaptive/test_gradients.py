@@ -167,6 +167,23 @@ def test_a_neighbour_differs_at_one_site(setting) -> None:
     assert (gate.detach() == 0).all()
 
 
+def test_a_batch_that_runs_again_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    x = torch.rand(8, 2, 8, 8)
+    found = trace(model, x[:1])
+    choices = {name: CHOICES if name == "0" else [Bits(8, 8)] for name in found.names}
+    net = adapt(model, Space.of(found, choices, 10**6), x, ActorOptions("static")).train()
+    forced = torch.ones(1, 8, dtype=torch.int64)
+    with torch.no_grad():
+        first = net(x, forced=forced)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        with net.replaying():
+            again = net(x, forced=forced)
+    assert torch.equal(first, again)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(module.track_running_stats for module in net.modules() if isinstance(module, nn.BatchNorm2d))
+
+
 def scored(net: AdaptiveNet, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
     """Return one estimate by REINFORCE."""
     net.mode = "drawn"

@@ -249,18 +249,21 @@ class AdaptiveNet(nn.Module):
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Run a training batch again, for a while: as it was normalised, and without a trace in any statistics."""
+        """Run a training batch again, for a while, without a trace in any statistics.
+
+        A `SwitchableNorm` normalises by the statistics of the pass before; a plain BatchNorm by those of the batch as it now is.
+        """
         plain = [module for module in self.modules() if isinstance(module, BatchNorm)]
-        momenta = [module.momentum for module in plain]
+        tracked = [module.track_running_stats for module in plain]
         self._shared.replay = True
         for module in plain:
-            module.momentum = 0.0
+            module.track_running_stats = False
         try:
             yield
         finally:
             self._shared.replay = False
-            for module, momentum in zip(plain, momenta, strict=True):
-                module.momentum = momentum
+            for module, known in zip(plain, tracked, strict=True):
+                module.track_running_stats = known
 
     @contextmanager
     def counting(self) -> Iterator[Ledger]:
