@@ -23,8 +23,8 @@ from record import environment, write
 from torch import nn
 
 from bitwright.adaptive.network import Mode, Space, adapt
+from bitwright.adaptive.objective import forced_losses, sample_losses
 from bitwright.adaptive.relaxations import Draw
-from bitwright.adaptive.training import _forced_losses, _sample_losses
 from bitwright.models import build
 from bitwright.policy import Bits, Policy
 from bitwright.quant import quantize
@@ -47,8 +47,8 @@ def adaptive_step(model: nn.Module, mode: str, options: FinetuneOptions, device:
     set_memory_order(net, channels_last=options.channels_last)
     weights = build_optimizer(net, FinetuneOptions(lr=options.lr, low_bit_decay=False), without=list(net.actor.parameters()))
     actor = torch.optim.Adam(net.actor.parameters(), lr=1e-4)
-    losses = _sample_losses(net, options)
-    again = _forced_losses(net, options)
+    losses = sample_losses(net, options)
+    again = forced_losses(net, options)
     if options.compile:
         losses, again = torch.compile(losses, dynamic=False), torch.compile(again, dynamic=False)
     x = images.contiguous(memory_format=torch.channels_last) if options.channels_last else images

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright import runs
 from bitwright.adaptive.actor import ActorOptions, Kind, Relaxation, Table
 from bitwright.adaptive.network import AdaptiveNet, Mode
+from bitwright.adaptive.objective import forced_losses, sample_losses
 from bitwright.adaptive.promise import Promise, bracket, check, settle_price
 from bitwright.adaptive.relaxations import Draw
 from bitwright.allocation import allocate
@@ -332,12 +332,12 @@ class _Trainer:
                 group["lr"] = self.options.actor_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, joint))))
 
     def _loss_of(self) -> Callable[..., Any]:
-        """Return what gives every sample's loss and cost, see `_sample_losses`."""
-        return self._compiled(f"{self.net.mode} {self.net.interpolate}", _sample_losses)
+        """Return what gives every sample's loss and cost, see `sample_losses`."""
+        return self._compiled(f"{self.net.mode} {self.net.interpolate}", sample_losses)
 
     def _again(self) -> Callable[..., Any]:
         """Return what gives every sample's loss at forced choices."""
-        return self._compiled("again", _forced_losses)
+        return self._compiled("again", forced_losses)
 
     def _compiled(self, key: str, make: Callable[[AdaptiveNet, FinetuneOptions], Callable[..., Any]]) -> Callable[..., Any]:
         """Return a way of running, compiled once where that is asked for."""
@@ -477,37 +477,6 @@ class _Bound(torch.nn.Module):
         """Return the logits."""
         logits: Tensor = self.net(x, draw=self.draw, condition=self.condition)
         return logits
-
-
-def _sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Return a function of a batch and its draws.
-
-    It gives each sample's loss, its share of the budget, the log-probability of its choices (zero unless widths are drawn), and in the mode
-    ``probing`` the choices with one neighbour and that neighbour's gate.
-    """
-    half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
-
-    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None, site: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        with torch.autocast(kind, torch.bfloat16, enabled=half):
-            logits = net(x, draw=draw, condition=condition).float()
-        task = F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
-        logp = net.log_probability() if net.mode == "drawn" else torch.zeros_like(task)
-        other, gate = net.changed(site) if net.mode == "probing" else (net.taken(), torch.zeros_like(task))
-        return task, net.spent(), logp, other, gate
-
-    return losses
-
-
-def _forced_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return a function that gives each sample's loss at the choices it is told."""
-    half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
-
-    def losses(x: Tensor, y: Tensor, forced: Tensor) -> Tensor:
-        with torch.autocast(kind, torch.bfloat16, enabled=half):
-            logits = net(x, forced=forced).float()
-        return F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
-
-    return losses
 
 
 def labelled(split: Split) -> tuple[Tensor, Tensor | None]:
