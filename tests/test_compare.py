@@ -27,6 +27,8 @@ from bitwright.evaluation import evaluate
 from bitwright.job import Job
 from bitwright.measure import trained
 from bitwright.methods import get_method
+from bitwright.methods.fisher import Fisher
+from bitwright.problem import Problem
 from bitwright.recipe import load_recipe
 from bitwright.report import render
 from bitwright.runs import Run, load_tree
@@ -213,6 +215,30 @@ def test_what_is_there_serves_another_choice_of_methods_and_stages(compared: tup
     twins = [entry for entry in table["methods"] if entry["label"] in ("fisher", "again")]
     assert twins[1]["same_as"] == twins[0]["label"]
     assert twins[0]["accuracy"] == twins[1]["accuracy"]
+
+
+def test_what_was_measured_for_one_budget_is_solved_again_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[str, ...]] = []
+    scores = Fisher.scores
+
+    def counted(self: Fisher, problem: Problem) -> Any:
+        measured.append(tuple(budget.text for budget in problem.budgets))
+        return scores(self, problem)
+
+    monkeypatch.setattr(Fisher, "scores", counted)
+    asked = {"methods": ["fisher"], "seeds": [0], "short": None, "long": None, "options": {"fisher": {"samples": 128}}}
+    both = [["weight_bits<=3"], ["weight_bits<=2.5"]]
+    one = compare(recipe_of(**asked, budgets=both), tmp_path / "both")
+    assert measured == [("weight_bits<=3",)]
+    begun = next(path for path in (tmp_path / "both" / "searches").glob("fisher-*") if "2.5" in (path / "result.json").read_text())
+    (begun / "result.json").unlink()  # as if it had been killed: begun with a table, gone on without one
+    other = compare(recipe_of(**asked, budgets=both[1:]), tmp_path / "both")
+    assert measured == [("weight_bits<=3",), ("weight_bits<=2.5",)]
+    first, solved, alone = [
+        next(entry for entry in table["methods"] if entry["label"] == "fisher")["rows"][0] for table in (*one["tables"], *other["tables"])
+    ]
+    assert without_times(solved) == without_times(alone)  # sample-passes too, as a search at this budget alone would have taken
+    assert solved["search"]["seconds"] > first["search"]["seconds"]
 
 
 def test_work_of_another_process_is_waited_for(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

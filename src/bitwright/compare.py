@@ -2,7 +2,8 @@
 
 A comparison is a directory. Each search and each training in it has a folder of its own, named after all that decides its
 result, so nothing is done twice: not after a crash, not when methods, seeds or budgets are added, and not when two methods find the
-same policy. Processes that run the same command share the work: each claims the folders it works in.
+same policy. What a scoring method measured for one budget is solved again for the others. Processes that run the same command share
+the work: each claims the folders it works in.
 
     manifest.json, recipe.yaml       what decides the result, and what was asked for last
     seeds/<seed>/                    the float network of a seed: a run directory
@@ -19,12 +20,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bitwright import runs
+from bitwright import runs, sensitivity
 from bitwright.claims import claim
 from bitwright.driver import SearchMethod, Stop, search
 from bitwright.errors import BitwrightError, BudgetError, DataError, RecipeError, RunError
@@ -38,6 +39,7 @@ from bitwright.policy import Bits, Policy
 from bitwright.recipe import CompareSection, Options, Recipe, load_recipe, make_options
 from bitwright.report import render
 from bitwright.runs import Run
+from bitwright.sensitivity import ScoredMethod, Sensitivity
 from bitwright.standings import Contender, csv_text, ranked, standings
 from bitwright.training import FinetuneOptions
 
@@ -299,6 +301,11 @@ class Comparison:
 
     def _searched(self, entry: Entry) -> dict[str, Any] | None:
         """Return what a search found, after doing it if nobody did; None if somebody is doing it."""
+        folder = self._folder(entry)
+        return self._once(folder, lambda: self._search(entry, folder))
+
+    def _folder(self, entry: Entry) -> Path:
+        """Return where an entry's search is kept."""
         section, name = self.recipe.search, self.plan.methods[entry.label]
         options = self.plan.options[entry.label]
         asked = {"method": name, "options": options, "budget": entry.budget, "steps": section.steps, "seconds": section.seconds}
@@ -306,13 +313,17 @@ class Comparison:
         if source is not None:  # a method of somebody's own may be edited: what it found before is not what it finds now
             asked["source"] = source
         title = name.replace(":", "-").replace("/", "-")
-        folder = self.run.inside("searches", f"{title}-{_hash(asked)}-{entry.seed}")
-        return self._once(folder, lambda: self._search(entry, folder))
+        return self.run.inside("searches", f"{title}-{_hash(asked)}-{entry.seed}")
 
     def _search(self, entry: Entry, folder: Path) -> dict[str, Any]:
         job, section = self.job(entry.seed), self.recipe.search
         name, label = self.plan.methods[entry.label], entry.label
         method: SearchMethod[Any] = make_options(get_method(name), self.plan.options[label], f"compare.options.{label}")
+        measured = None
+        if isinstance(method, ScoredMethod) and method.table is None:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # it takes one step, and may take it from another table now
+            measured = self._measured(entry)
+            method = method if measured is None else replace(method, table=str(measured / sensitivity.FILE))
         problem = job.on_proxy(job.problem_of(job.network, budgets=job.parse_budgets(entry.budget)))
         tell = f"{entry.label} search"
         stop = Stop(section.steps, section.seconds)
@@ -321,8 +332,17 @@ class Comparison:
             result = search(problem, method, out=folder, stop=stop, log=log, save_every=section.save_every)
         if result.status == "interrupted":
             raise KeyboardInterrupt
-        policy = {site: list(bits) for site, bits in result.policy.items()}
-        return {**found(job, problem, name, result), "policy": policy}
+        record = found(job, problem, name, result)
+        if measured is not None:  # a search at this budget alone would have measured too
+            record["seconds"] += _read(measured / "result.json")["seconds"]
+            record["sample_passes"] += Sensitivity.load(measured / sensitivity.FILE).sample_passes
+        return {**record, "policy": {site: list(bits) for site, bits in result.policy.items()}}
+
+    def _measured(self, entry: Entry) -> Path | None:
+        """Return where the same method left what it measured for another budget of this seed, if it did."""
+        folders = [self._folder(replace(entry, budget=budget)) for budget in self.plan.budgets if budget != entry.budget]
+        done = (folder for folder in folders if (folder / "result.json").is_file() and (folder / sensitivity.FILE).is_file())
+        return next(done, None)
 
     # ---- trainings
 

@@ -47,18 +47,20 @@ class Sensitivity:
         measure: name of the method that scored.
         values: per site, the increase of the loss by each choice; lower is better.
         fingerprint: what the values depend on: network, data, quantizer, the method's options, and the layers of each site.
+        sample_passes: images that measuring passed through a network (`Problem.spend`).
     """
 
     measure: str
     values: Mapping[str, Mapping[Bits, float]]
     fingerprint: Mapping[str, Any]
+    sample_passes: int = 0
 
     @classmethod
-    def of(cls, problem: Problem, method: ScoredMethod, scores: Mapping[str, Tensor]) -> Sensitivity:
+    def of(cls, problem: Problem, method: ScoredMethod, scores: Mapping[str, Tensor], sample_passes: int = 0) -> Sensitivity:
         """Return the table of scores just taken."""
         columns = {name: [float(value) for value in scores[name]] for name in problem.choices}
         values = {name: dict(zip(allowed, columns[name], strict=True)) for name, allowed in problem.choices.items()}
-        return cls(method.name, values, fingerprint(problem, method))
+        return cls(method.name, values, fingerprint(problem, method), sample_passes)
 
     def scores(self, problem: Problem, where: str = "sensitivity table") -> dict[str, Tensor]:
         """Return the values of a problem's choices, float64 ``[choices]`` per site.
@@ -124,7 +126,8 @@ class Sensitivity:
     def to_json(self) -> str:
         """Return the table as JSON text; `load` reads it back from a file."""
         values = {site: {repr(bits): value for bits, value in row.items()} for site, row in self.values.items()}
-        content = {"format": FORMAT, "measure": self.measure, "fingerprint": self.fingerprint, "values": values}
+        content = {"format": FORMAT, "measure": self.measure, "sample_passes": self.sample_passes}
+        content |= {"fingerprint": self.fingerprint, "values": values}
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -139,7 +142,7 @@ class Sensitivity:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}, expected '{FORMAT}'")
             values = {str(site): {parse_bits(text): float(value) for text, value in row.items()} for site, row in content["values"].items()}
-            return cls(str(content["measure"]), values, dict(content["fingerprint"]))
+            return cls(str(content["measure"]), values, dict(content["fingerprint"]), int(content.get("sample_passes", 0)))
         except OSError as error:
             raise RunError(f"table {path}: cannot be read ({error.strerror}); give a file that `bitwright profile --save` wrote") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -202,9 +205,10 @@ def _mend(measure: str) -> str:
 
 @dataclass
 class Scores:
-    """The state of a `ScoredMethod`: per site one number per choice, once they are known."""
+    """The state of a `ScoredMethod`: per site one number per choice, once they are known, and what measuring them took."""
 
     scores: dict[str, Tensor] = field(default_factory=dict)
+    sample_passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,9 @@ class ScoredMethod(SearchMethod[Scores]):
             RunError: the file is no table, or a stale one.
         """
         if self.table is None:
-            return Sensitivity.of(problem, self, self.scores(problem))
+            before = problem.sample_passes
+            scores = self.scores(problem)
+            return Sensitivity.of(problem, self, scores, problem.sample_passes - before)
         found = Sensitivity.load(self.table)
         found.check(problem, self, f"table {self.table}")
         return found
@@ -248,11 +254,9 @@ class ScoredMethod(SearchMethod[Scores]):
 
     def step(self, problem: Problem, state: Scores, told: Trial | None) -> tuple[Scores, Proposal | None]:
         """Score every choice and propose the policy of least total score within the budgets."""
-        state.scores = self._known(problem) if self.table is not None else self.scores(problem)
+        table = self.sensitivity(problem)
+        state.scores, state.sample_passes = table.scores(problem, f"table {self.table}"), table.sample_passes
         return state, Proposal(solve(problem, state.scores))
-
-    def _known(self, problem: Problem) -> dict[str, Tensor]:
-        return self.sensitivity(problem).scores(problem, f"table {self.table}")
 
     def done(self, problem: Problem, state: Scores) -> bool:
         """Say whether the proposal was made."""
@@ -260,4 +264,4 @@ class ScoredMethod(SearchMethod[Scores]):
 
     def files(self, problem: Problem, state: Scores) -> Mapping[str, str]:
         """Leave the table for later budgets."""
-        return {FILE: Sensitivity.of(problem, self, state.scores).to_json()}
+        return {FILE: Sensitivity.of(problem, self, state.scores, state.sample_passes).to_json()}

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 IMAGES = 512
 """Images of the selection split that the loss looks at."""
-CHUNK = 256
-"""Images that pass through a network at once, and images of the fit split that calibrate the quantizers."""
+CHUNK = 64
+"""Images that pass through a network at once: few enough for what a layer gives to stay in a core's cache."""
+CALIBRATION = 256
+"""Images of the fit split that calibrate the quantizers."""
 
 
 def divergence(reference: Tensor, quantized: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class ReferenceLoss:
         self.sites, self.spend = sites, spend
         self.calibrated = set() if calibrated is None else calibrated
         self.images = selection.batch(torch.randperm(len(selection), generator=generator)[:count], None)[0]
-        self.calibration = calibration.batch(torch.randperm(len(calibration), generator=generator)[:CHUNK], None)[0]
+        self.calibration = calibration.batch(torch.randperm(len(calibration), generator=generator)[:CALIBRATION], None)[0]
         self.outputs = self._outputs(self.model)
         self.statistics = collect(self.model, self.calibration)
 
