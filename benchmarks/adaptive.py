@@ -10,7 +10,8 @@ the mixed selection images choose one. Arms: ``uniform`` and ``sdq`` (static pol
 kind), ``reinforce``, ``pathwise`` and ``gaussian`` (dqmq with another estimator or relaxation), ``severity`` (told the true severity),
 ``dqmq``. ``permuted`` is dqmq with every image taking another
 one's decisions. What is in ``--runs`` already is not repeated, so several processes may share the work: a row that is being made is a
-folder with a lock. Writes results/adaptive-NAME.csv (a row per arm, seed, condition) and results/adaptive-NAME-summary.csv.
+folder with a lock. Writes results/adaptive-NAME.csv (a row per arm, seed, condition), results/adaptive-NAME-summary.csv and
+results/adaptive-NAME-stream.csv (dqmq along a stream whose quality changes; benchmarks/adaptive_plots.py draws it).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from record import environment, mean_interval, write
 from torch import Tensor, nn
 
 from bitwright.adaptive import files
-from bitwright.adaptive.judging import Seen, describe, look, mean_bits, paired_gain, rank_trend
+from bitwright.adaptive.judging import Seen, describe, look, mean_bits, paired_gain, rank_trend, stream
 from bitwright.adaptive.network import AdaptiveNet, adapt
 from bitwright.adaptive.training import train_adaptive
 from bitwright.costs import BitOps
@@ -183,6 +184,8 @@ class Judge:
                 order = torch.randperm(len(severity), generator=torch.Generator().manual_seed(0))
                 other = self.seen(split, one.index[:, order])
                 found["permuted"] = {**self.row(other), **paired_gain(one, other)}
+                assert isinstance(self.model, AdaptiveNet)
+                found["stream"] = stream(self.model, self.base, self.mix, images=len(self.base))
         return found
 
     def corruption(self, name: str, probe: int) -> tuple[dict[str, Any], dict[str, float] | None]:
@@ -220,7 +223,7 @@ def job_of(seed: int, arguments: argparse.Namespace) -> Job:
     return job
 
 
-def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace) -> dict[str, Any] | None:
+def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace, made_by: dict[str, str]) -> dict[str, Any] | None:
     """Return the result of one training, made now unless it is there or another process is at it."""
     folder = arguments.runs / f"{arguments.name}-{arm}-seed{seed}-lr{rate:g}"
     file, lock = folder / "result.json", folder / "lock"
@@ -254,6 +257,7 @@ def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace) -> 
             "sample_passes": options.max_steps * options.batch_size * passes(arm) + extra,
             "seconds": round(time.monotonic() - started, 1),
             "selection": float(chosen.correct.double().mean()),
+            "made_by": made_by,
             **facts,
             **judged,
         }
@@ -265,7 +269,7 @@ def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace) -> 
         lock.unlink(missing_ok=True)
 
 
-def rows_of(record: dict[str, Any], made_by: dict[str, str]) -> list[dict[str, Any]]:
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of one training, a condition each."""
     head = {name: record[name] for name in ("arm", "seed", "lr", "sample_passes", "seconds", "selection")}
     rows = []
@@ -275,11 +279,23 @@ def rows_of(record: dict[str, Any], made_by: dict[str, str]) -> list[dict[str, A
     for condition, one in named.items():
         low, high = one["interval"]
         figures = {"n": one["n"], "top1": one["top1"], "low": low, "high": high, "bits": one["bits"], "bitops": one["bitops"]}
-        rows.append({**head, "condition": condition, **figures, "share": one["share"], **made_by})
+        rows.append({**head, "condition": condition, **figures, "share": one["share"], **record["made_by"]})
     return rows
 
 
-def summary_of(best: Sequence[dict[str, Any]], made_by: dict[str, str]) -> list[dict[str, Any]]:
+def stream_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a training's moving means along a stream, with the severity at each place."""
+    found, rows = record["stream"], []
+    count = len(found["bits"])
+    for k, (bits, right) in enumerate(zip(found["bits"], found["accuracy"], strict=True)):
+        image = round(found["each"] * len(found["segments"]) * (k + 1) / count)
+        part = found["segments"][min(len(found["segments"]) - 1, (image - 1) // found["each"])]
+        figures = {"bits": bits, "accuracy": 100 * right, "condition": part["condition"], "severity": part["severity"]}
+        rows.append({"seed": record["seed"], "image": image, **figures, **record["made_by"]})
+    return rows
+
+
+def summary_of(best: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each arm's gain over the best static one on the mixed test images, over seeds, and dqmq's trends."""
     arms = list(dict.fromkeys(record["arm"] for record in best))
     means = {arm: mean_interval([r["rows"]["mixed"]["top1"] for r in best if r["arm"] == arm]) for arm in arms}
@@ -293,8 +309,9 @@ def summary_of(best: Sequence[dict[str, Any]], made_by: dict[str, str]) -> list[
             gains = [100 * (sum(r["correct"]) - sum(s["correct"])) / len(r["correct"]) for r, s in pairs]
             gain = mean_interval(gains)
             row |= {"rival": rival, "gain_points": gain["mean"], "gain_interval": gain["interval"]}
-        rows.append({**row, **made_by})
+        rows.append({**row, **own[-1]["made_by"]})
     for record in best:
+        made_by = record["made_by"]
         for name, trend in record["spearman"].items() if record["arm"] == "dqmq" else ():
             rows.append(
                 {"what": f"spearman seed {record['seed']}", "name": name, "n": trend["n"], "mean": trend["value"]} | trend | made_by
@@ -333,13 +350,16 @@ def main() -> None:
     made_by, best = environment(), []
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            tried = [measure(arm, seed, rate, arguments) for rate in arguments.rates]
+            tried = [measure(arm, seed, rate, arguments, made_by) for rate in arguments.rates]
             done = [record for record in tried if record is not None]
             if len(done) == len(tried):
                 best.append(max(done, key=lambda record: float(record["selection"])))
     if not arguments.no_write and best:
-        print(write(f"adaptive-{arguments.name}", [row for record in best for row in rows_of(record, made_by)]))
-        print(write(f"adaptive-{arguments.name}-summary", summary_of(best, made_by)))
+        print(write(f"adaptive-{arguments.name}", [row for record in best for row in rows_of(record)]))
+        print(write(f"adaptive-{arguments.name}-summary", summary_of(best)))
+        followed = [record for record in best if "stream" in record]
+        if followed:
+            print(write(f"adaptive-{arguments.name}-stream", stream_of(followed[0])))
 
 
 if __name__ == "__main__":

@@ -110,6 +110,21 @@ def step(rows: list[Row]) -> str:
     return f"## Time of a training step\n\n{text}\n\n{table(rows, columns)}\n"
 
 
+def adaptive_step(rows: list[Row]) -> str:
+    """Return the section of the step times of adaptive training."""
+    columns = {
+        "step": ("variant", str),
+        "precision": ("precision", str),
+        "compiled": ("compiled", str),
+        "ratio": ("ratio", number),
+        "low": ("low", number),
+        "high": ("high", number),
+        "rounds": ("n", str),
+    }
+    text = "Median ratio to a static step of the same network and precision, interleaved in one run; widths are drawn anew at every step."
+    return f"## Time of an adaptive training step\n\n{text}\n\n{table(rows, columns)}\n"
+
+
 def landscape(rows: list[Row]) -> str:
     """Return the section of the landscape."""
     columns = {
@@ -573,6 +588,7 @@ SECTIONS = {
     "corruptions-parity": parity,
     "quality-cost": quality_cost,
     "adaptive-estimators": estimators,
+    "adaptive-step-cpu-bfloat16-eager": adaptive_step,
     "adaptive-room-fashion": room,
     "adaptive-fashion-summary": adaptive,
     "latency": predicted_latency,
