@@ -16,7 +16,7 @@ from pathlib import Path
 
 from record import RESULTS
 
-from bitwright.report.charts import WIDTH, Line, heat, lines
+from bitwright.report.charts import WIDTH, Line, lines
 from bitwright.runs import write_text_atomic
 
 IMAGES = RESULTS.parent / "docs" / "images"
@@ -44,7 +44,7 @@ def alone(drawing: str) -> str:
 
 
 def _draws(line: str) -> bool:
-    return line.startswith(("svg ", ".series-", ".w1", ".w4", ".w7"))
+    return line.startswith(("svg ", ".series-"))
 
 
 def mean(rows: Iterable[Row], arm: str, condition: str, what: str) -> float:
@@ -53,26 +53,15 @@ def mean(rows: Iterable[Row], arm: str, condition: str, what: str) -> float:
     return statistics.mean(values) if values else float("nan")
 
 
-def bits(rows: list[Row]) -> str:
-    """Draw the mean bits of every corruption and severity."""
-    found = [row["condition"] for row in rows if row["arm"] == "dqmq" and ":" in row["condition"]]
-    names = dict.fromkeys(condition.partition(":")[0] for condition in found)
-    levels = sorted({int(condition.partition(":")[2]) for condition in found})
-    drawn = {name: [mean(rows, "dqmq", f"{name}:{level}", "bits") for level in levels] for name in names}
-    return heat(drawn, [float(level) for level in levels], x_label="severity", title="mean bits by corruption and severity")
-
-
-def accuracy(rows: list[Row], arms: list[str]) -> str:
-    """Draw the accuracy on the mix by severity, a line an arm."""
+def by_severity(rows: list[Row], arms: list[str], what: str, label: str, scale: float = 1.0) -> str:
+    """Draw a figure on the mix by severity, a line an arm."""
     prefix = "mixed severity "
     levels = sorted({int(row["condition"].removeprefix(prefix)) for row in rows if row["condition"].startswith(prefix)})
     series = [
-        Line(arm, [float(level) for level in levels], [100 * mean(rows, arm, f"{prefix}{level}", "top1") for level in levels], style)
+        Line(arm, [float(level) for level in levels], [scale * mean(rows, arm, f"{prefix}{level}", what) for level in levels], style)
         for arm, style in zip(arms, STYLES, strict=True)
     ]
-    return lines(
-        series, x_label="severity in the mix, 0 is clean", y_label="accuracy, %", height=300, title=f"accuracy of {', '.join(arms)}"
-    )
+    return lines(series, x_label="severity in the mix, 0 is clean", y_label=label, height=260, title=f"{label}: {', '.join(arms)}")
 
 
 def stream(rows: list[Row]) -> dict[str, str]:
@@ -95,10 +84,13 @@ def main() -> None:
     """Write the drawings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the result files")
-    parser.add_argument("--arms", nargs=3, default=["dqmq", "uniform", "severity"], help="of the accuracies (default: %(default)s)")
+    parser.add_argument("--arms", nargs=3, default=["dqmq", "uniform", "severity"], help="blue, grey, orange (default: %(default)s)")
     arguments = parser.parse_args()
     rows = read(f"adaptive-{arguments.name}")
-    drawings = {"bits": bits(rows), "accuracy": accuracy(rows, arguments.arms)}
+    drawings = {
+        "bits": by_severity(rows, arguments.arms, "bits", "mean bits"),
+        "accuracy": by_severity(rows, arguments.arms, "top1", "accuracy, %", 100.0),
+    }
     drawings |= {f"stream-{name}": drawing for name, drawing in stream(read(f"adaptive-{arguments.name}-stream")).items()}
     for name, drawing in drawings.items():
         path = Path(IMAGES / f"adaptive-{arguments.name}-{name}.svg")
