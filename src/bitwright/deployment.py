@@ -186,7 +186,7 @@ def targets_flags(parser: argparse.ArgumentParser) -> None:
 
 def verify_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `verify` takes."""
-    parser.add_argument("artefact", metavar="ARTEFACT", help="a file that `bitwright export` wrote")
+    parser.add_argument("artefact", metavar="ARTEFACT", help="what `bitwright export` wrote: a file, or the folder of a bank")
     parser.add_argument("--to", metavar="FORMAT", help="its format (default: found out from the file)")
     parser.add_argument("--model", metavar="NAME", help="its float network, for a packed file of a network of your own")
 

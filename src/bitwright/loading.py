@@ -6,9 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from bitwright.exporters import packed
-
-BANK = "bank.json"
+from bitwright.exporters import is_bank, packed
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -24,7 +22,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ExportError: the file is missing, damaged, or does not fit the model.
     """
-    if Path(path).name == BANK or (Path(path) / BANK).is_file():
+    if is_bank(Path(path)):
         from bitwright.adaptive.session import load_bank  # noqa: PLC0415  (only where it is used)
 
         return load_bank(path, model)

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 import bitwright
+from bitwright import cli
 from bitwright.adaptive.bank import BankOptions, build_bank, choose_members, save_bank, session_of, try_bank
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
+from bitwright.adaptive.session import _checksum
 from bitwright.data import Mix, MixedSplit, TensorSplit
 from bitwright.errors import DataError, ExportError, RecipeError
+from bitwright.exporters import verify
 from bitwright.models import build
 from bitwright.policy import Bits
 from bitwright.sites import trace
@@ -124,6 +127,56 @@ def test_bad_files_are_named(saved: tuple[Any, Path], tmp_path: Path) -> None:
     (folder / "bank.json").write_text(json.dumps({**record, "format": "x"}))
     with pytest.raises(ExportError, match="has format 'x'"):
         bitwright.load(folder)
+
+
+def test_a_bank_is_verified_from_the_outside(saved: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank, folder = saved
+    for path in (folder, folder / "bank.json", folder / "bank.safetensors"):
+        found = verify(path)
+        assert found.answer == 0.0
+        assert found.samples > 0
+    layers = sum(len(site.layers) for site in bank.net.space.sites)
+    assert len(found.tensors) == len(bank.members) * layers
+    for row in found.tensors:
+        number, _, name = row.name.removeprefix("member ").partition(": ")
+        assert row.bits == bank.members[int(number)][name].w
+        assert row.levels is not None
+        assert 1 < row.levels <= 2**row.bits
+    assert cli.main(["verify", str(folder)]) == 0
+    assert f"keeps its policy of {len(bank.members) * layers} sites; run on 2 samples" in capsys.readouterr().out
+
+
+def test_a_bank_that_was_tampered_with_is_refused(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    record = json.loads((saved[1] / "bank.json").read_text())
+
+    def changed(name: str, sign: bool = True, **changes: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(saved[1], folder)
+        new = {**record, **changes}
+        if sign:
+            new["sha256"] = _checksum(new, folder)
+        (folder / "bank.json").write_text(json.dumps(new))
+        return folder
+
+    assert verify(changed("signed")).answer == 0.0
+    other = [{site: [8, 8] if site in ("conv1", "fc") else [1, 1] for site in policy} for policy in record["policies"]]
+    with pytest.raises(ExportError, match="checksum does not match"):
+        verify(changed("plain", sign=False, policies=other))
+    with pytest.raises(ExportError, match="checksum does not match"):
+        bitwright.load(tmp_path / "plain")
+    with pytest.raises(ExportError, match=r"its output on the sample differs by .* % of the largest"):
+        verify(changed("other", policies=other))
+    with pytest.raises(ExportError, match="its router sends the sample to members"):
+        verify(changed("routed", routed=[9, 9]))
+    with pytest.raises(ExportError, match="no answer in it of its own shape"):
+        verify(changed("blank", answers=[" "] * len(record["policies"])))
+    older = {name: value for name, value in record.items() if name not in ("sha256", "answers", "routed")}
+    folder = changed("older")
+    (folder / "bank.json").write_text(json.dumps(older))
+    assert verify(folder).answer is None
+    (folder / "bank.safetensors").unlink()
+    with pytest.raises(ExportError, match=r"bank\.safetensors"):
+        verify(folder)
 
 
 def test_options_that_cannot_be_are_refused() -> None:

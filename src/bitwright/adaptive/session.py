@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from bitwright.adaptive.network import AdaptiveNet, check_finite
 from bitwright.data.quality import MixedSplit
 from bitwright.data.splits import Split
 from bitwright.errors import BitwrightError, DataError, ExportError, RunError
+from bitwright.exporters import BANK
+from bitwright.exporters._sample import SAMPLES, Sample, sample_of
 from bitwright.policy import Bits, Policy
 from bitwright.quant.modules import QUANTIZABLE, Op, QuantLayer, replace_module
 from bitwright.quant.quantizers import LSQActivation
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from bitwright.adaptive.bank import Bank, Router
 
 FORMAT = "bitwright-bank-1"
-BANK, WEIGHTS = "bank.json", "bank.safetensors"
+WEIGHTS = "bank.safetensors"
 SLACK = 1e-3
 """How far beyond 0 … 1 a pixel may be: rounding, not another scale."""
 
@@ -142,9 +145,11 @@ def write_bank(bank: Bank, folder: Path, example: Tensor, reference: tuple[str, 
         "choices": [list(bits) for bits in bank.net.space.choices],
         **bank.facts,
     }
+    kept = session_of(bank)
+    record["answers"], record["routed"] = answers(kept)
+    record["sha256"] = _checksum(record, folder)
     runs.write_text_atomic(folder / BANK, json.dumps(record, indent=1) + "\n")
     loaded = load_bank(folder, _architecture_of(bank.net))
-    kept = session_of(bank)
     for number, (one, other) in enumerate(zip(kept.members, loaded.members, strict=True)):
         with torch.no_grad():
             difference = float((one(example) - other(example)).abs().max())
@@ -155,6 +160,21 @@ def write_bank(bank: Bank, folder: Path, example: Tensor, reference: tuple[str, 
     if not torch.equal(kept.router.route(example), loaded.router.route(example)):
         raise ExportError("export: the router read back sends the example elsewhere; nothing of it can be trusted")
     return sum((folder / name).stat().st_size for name in (BANK, WEIGHTS))
+
+
+def answers(session: Session) -> tuple[list[str], list[int]]:
+    """Return some numbers of each member's answer to a sample input (`bitwright.exporters._sample`), and where the router sends it."""
+    shape = (SAMPLES, *session.router.image)
+    images = torch.from_numpy(sample_of(shape, "float32"))
+    with torch.no_grad():
+        found = [str(Sample.of([("", shape, "float32")], member(images).numpy())) for member in session.members]
+        return found, session.router.route(images).tolist()
+
+
+def _checksum(record: Mapping[str, Any], folder: Path) -> str:
+    """Return the SHA-256 of a bank: of its record but for the checksum in it, and of the file of weights."""
+    signed = json.dumps({name: value for name, value in record.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(signed.encode() + (folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def _tables(net: AdaptiveNet) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -205,6 +225,11 @@ def load_bank(path: str | Path, model: nn.Module | None = None) -> Session:
     Raises:
         ExportError: a file is missing, damaged, or does not fit the model.
     """
+    return load_with_record(path, model)[0]
+
+
+def load_with_record(path: str | Path, model: nn.Module | None = None) -> tuple[Session, dict[str, Any]]:
+    """Return the session of a bank, and what bank.json says; see `load_bank`."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
         record = json.loads((folder / BANK).read_text("utf-8"))
@@ -212,7 +237,10 @@ def load_bank(path: str | Path, model: nn.Module | None = None) -> Session:
             raise ExportError(f"{folder / BANK}: has format {record['format']!r}, expected '{FORMAT}'; export the bank again")
         tree = runs.load_tree(folder / WEIGHTS)
         members = [_member(record, tree, policy, _architecture(record, model, folder)) for policy in record["policies"]]
-        return Session(members, _router(record, tree), _policies(record), torch.tensor(record["bitops"]), record["mean"], record["std"])
+        if "sha256" in record and record["sha256"] != _checksum(record, folder):  # older banks have none
+            raise ExportError(f"{folder / BANK}: tampered with or damaged (its checksum does not match); export the bank again")
+        costs = torch.tensor(record["bitops"])
+        return Session(members, _router(record, tree), _policies(record), costs, record["mean"], record["std"]), record
     except OSError as error:
         raise ExportError(
             f"{folder / BANK}: cannot be read ({error.strerror or error}); give the folder that `bitwright export` wrote"

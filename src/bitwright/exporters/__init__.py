@@ -21,6 +21,8 @@ from bitwright.policy import Bits, Policy
 from bitwright.runs import write_text_atomic
 from bitwright.typed import typed
 
+BANK = "bank.json"
+"""What an adaptive run exports, with its weights beside it: no format of one network, but `verify` and `bitwright.load` know it."""
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Reference = tuple[str, Mapping[str, Any]]
 """How the float architecture is made: a name for `bitwright.models.build`, and its arguments."""
@@ -196,6 +198,10 @@ def verify(path: str | Path, *, to: str | None = None, model: nn.Module | None =
         ExportError: it is damaged, tampered with, or does not keep its policy; the message says which.
     """
     path = Path(path)
+    if to is None and (is_bank(path) or is_bank(path.with_suffix(".json"))):
+        from bitwright.adaptive.verifying import verify_bank  # noqa: PLC0415  (only where it is used)
+
+        return verify_bank(path, model)
     if not path.is_file():
         raise ExportError(f"{path}: no such file; give an artefact that `bitwright export` wrote")
     known = available() if to is None else (to,)
@@ -206,6 +212,11 @@ def verify(path: str | Path, *, to: str | None = None, model: nn.Module | None =
     except OSError as error:
         raise ExportError(f"{path}: cannot be read ({error.strerror or error})") from None
     raise ExportError(f"{path}: of no format that bitwright writes ({', '.join(known)}), or cut off; name its format with --to")
+
+
+def is_bank(path: Path) -> bool:
+    """Return whether a path is a bank's own file, or the folder that has it."""
+    return path.name == BANK or (path / BANK).is_file()
 
 
 def export(
