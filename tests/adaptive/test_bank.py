@@ -11,7 +11,7 @@ from torch import nn
 
 import bitwright
 from bitwright import cli
-from bitwright.adaptive.bank import BankOptions, build_bank, choose_members, save_bank, session_of, try_bank
+from bitwright.adaptive.bank import BankOptions, Router, _settle, build_bank, choose_members, save_bank, session_of, try_bank
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
 from bitwright.adaptive.session import _checksum
 from bitwright.data import Mix, MixedSplit, TensorSplit
@@ -107,6 +107,16 @@ def test_what_was_tried_is_measured_or_modelled(saved: tuple[Any, Path], case: t
 def test_bad_images_are_named(saved: tuple[Any, Path], pixels: torch.Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
         bitwright.load(saved[1])(pixels)
+
+
+def test_a_router_spends_what_the_network_spends(case: tuple[AdaptiveNet, MixedSplit]) -> None:
+    images, shares = case[1].take(200), torch.tensor([0.5, 0.8, 1.2])
+    torch.manual_seed(0)
+    router = Router((1, 8, 8), 3, 8)
+    for target in (0.6, 0.8, 1.0):
+        _settle(router, images, shares, target)
+        chosen = router.route(images.batch(torch.arange(200))[0])
+        assert target - 0.03 < float(shares[chosen].mean()) <= target
 
 
 def test_bad_files_are_named(saved: tuple[Any, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from planted import Planted, planted
 from torch import Tensor
 
 from bitwright.adaptive.actor import ActorOptions
-from bitwright.adaptive.promise import check, decisions, settle_price
+from bitwright.adaptive.promise import Promise, alarms_of, check, decisions, settle_price
 from bitwright.adaptive.training import AdaptiveHistory, AdaptiveOptions, train_adaptive
 from bitwright.errors import RunError, TrainingError
 from bitwright.training import FinetuneOptions
@@ -109,6 +110,47 @@ def test_a_degenerate_actor_raises_an_alarm(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("bitwright.adaptive.training._Trainer._step", lambda self: None)
     history = train_adaptive(net, case.fit, case.held_out, AdaptiveOptions(), replace(TRAINING, epochs=2))
     assert any("degenerate actor" in alarm for alarm in history.alarms)
+
+
+def test_an_actor_that_is_too_sure_is_brought_within_its_budget_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    net = case.net()
+    for head in net.actor.heads:
+        head.bias.data[-1] += 30.0  # so sure of the widest choice that no gradient is left
+    history = train_adaptive(net, case.fit, case.held_out, AdaptiveOptions(), replace(TRAINING, epochs=6))
+    over = [(history.epochs[place]["spent"] - 1) / net.span for place in (1, -1)]  # of what decisions can move
+    assert over[0] > 0.25
+    assert over[1] < 0.05
+    assert history.promise.met
+
+
+def test_alarms_say_what_training_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = planted(monkeypatch).net()
+    kept = Promise(0.97, (0.95, 0.99), 100, 50, agreement=0.8, met=True)
+    assert alarms_of(net, kept, [{"spent": 1.02}]) == []
+    cases = [
+        ([{"spent": 1.19}], kept, "training ended at 119 % of the budget"),
+        ([{"spent": 1.0, "alarm": "degenerate actor: it decides the same for all samples"}], kept, "at the end of training a degenerate"),
+        ([], replace(kept, agreement=1.0), "^degenerate actor: 100.0 %"),
+        ([], replace(kept, mean=1.02, interval=(0.99, 1.05), met=False), "it is not certain that the budget is kept: 102.00 %"),
+        ([], replace(kept, mean=1.02, interval=(1.01, 1.03), met=False), "^the budget is not kept: 102.00 %"),
+        ([], replace(kept, mean=0.7, interval=(0.69, 0.71)), "much of the budget is unspent: 70.00 %"),
+    ]
+    for rows, promise, text in cases:
+        (alarm,) = alarms_of(net, promise, rows)
+        assert re.search(text, alarm)
+
+
+def test_a_price_leaves_room_for_the_noise_of_the_images_it_is_checked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted(monkeypatch)
+    net = case.net()
+    for head in net.actor.heads:
+        torch.nn.init.normal_(head.weight, std=4.0, generator=torch.Generator().manual_seed(0))
+    means = []
+    for others in (None, 20000, 20):
+        settle_price(net, case.fit, others=others)
+        means.append(check(net, case.fit).mean)
+    assert means[0] >= means[1] > means[2]
 
 
 def test_options_without_a_meaning_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

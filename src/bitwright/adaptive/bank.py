@@ -28,6 +28,7 @@ from bitwright.policy import Policy
 ROUNDS = 50
 STARTS = 4
 BISECTIONS = 30
+LARGEST = 1e4
 TIMED = 5
 """Rounds of a throughput measurement; each times the session and its widest member once."""
 
@@ -226,7 +227,7 @@ def _member_shares(net: AdaptiveNet, centres: Tensor, router: Router) -> Tensor:
 
 
 def _settle(router: Router, images: Split, shares: Tensor, target: float) -> None:
-    """Set the router's price so that its mean cost on the images is that of the network, or less."""
+    """Set the router's price, which may be negative, so that its mean cost on the images is that of the network, or just less."""
     statistics = _statistics(images)
     router.worth.copy_(shares - shares.mean())
 
@@ -235,10 +236,10 @@ def _settle(router: Router, images: Split, shares: Tensor, target: float) -> Non
         with torch.no_grad():
             return float(shares[router(statistics).argmax(1)].double().mean())
 
-    if mean(0.0) <= target:
-        return
-    low, high = 0.0, 1.0
-    while mean(high) > target and high < 1e4:
+    low, high = -1.0, 1.0
+    while mean(low) <= target and low > -LARGEST:
+        low *= 4
+    while mean(high) > target and high < LARGEST:
         high *= 4
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -220,6 +220,10 @@ class AdaptiveNet(nn.Module):
             return torch.stack([chosen.cost for chosen in self._chosen]).sum(0) + self.base
         return self.cost_of(self.taken()) + self.base
 
+    def score_size(self) -> Tensor:
+        """Return the mean square of the actor's scores in the last pass, summed over sites, ``[N]``; see `Chosen`."""
+        return torch.stack([chosen.size for chosen in self._chosen]).sum(0)
+
     def log_probability(self) -> Tensor:
         """Return the log-probability of all choices of each sample in the last pass, ``[N]``."""
         return torch.stack([chosen.logp for chosen in self._chosen if chosen.logp is not None]).sum(0)

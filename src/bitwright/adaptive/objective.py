@@ -12,22 +12,24 @@ from bitwright.adaptive.network import AdaptiveNet
 from bitwright.adaptive.relaxations import Draw
 from bitwright.training.finetune import FinetuneOptions
 
+Asked = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-def sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+
+def sample_losses(net: AdaptiveNet, training: FinetuneOptions) -> Callable[..., Asked]:
     """Return a function of a batch and its draws.
 
-    It gives each sample's loss, its share of the budget, the log-probability of its choices (zero unless widths are drawn), and in the mode
-    ``probing`` the choices with one neighbour and that neighbour's gate.
+    It gives each sample's loss, its share of the budget, the size of its scores, the log-probability of its choices (zero unless widths are
+    drawn), and in the mode ``probing`` the choices with one neighbour and that neighbour's gate.
     """
     half, kind = training.precision == "bfloat16", next(net.parameters()).device.type
 
-    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None, site: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def losses(x: Tensor, y: Tensor, draw: Draw, condition: Tensor | None, site: Tensor) -> Asked:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             logits = net(x, draw=draw, condition=condition).float()
         task = F.cross_entropy(logits, y, label_smoothing=training.label_smoothing, reduction="none")
         logp = net.log_probability() if net.mode == "drawn" else torch.zeros_like(task)
         other, gate = net.changed(site) if net.mode == "probing" else (net.taken(), torch.zeros_like(task))
-        return task, net.spent(), logp, other, gate
+        return task, net.spent(), net.score_size(), logp, other, gate
 
     return losses
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ ROUNDS = 3
 LARGEST = 1e4
 REACH = 0.05
 """How far below the price of all sites that of one may go to spend what is left: so little that its preferences still decide."""
+
+FAR = 0.1
+"""How far from its budget an actor may end before that is an alarm."""
+ALIKE = 0.99
+"""An actor whose decisions agree this much across samples decides the same for all."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,43 @@ def check(net: AdaptiveNet, split: Split, *, seed: int = 0) -> Promise:
     return Promise.of(shares, index, net.space.limit)
 
 
-def settle_price(net: AdaptiveNet, split: Split, *, margin: float = Z) -> float:
+def alarms_of(net: AdaptiveNet, promise: Promise, rows: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Return what is wrong with a trained actor, in sentences.
+
+    Args:
+        net: the network as it is deployed.
+        promise: what it costs on held-out images.
+        rows: of the epochs of its training.
+    """
+    found, last = [], rows[-1] if rows else {}
+    if net.actor.reads and promise.agreement > ALIKE:
+        share = f"{100 * promise.agreement:.1f} % of its decisions are the same for every sample"
+        found.append(f"degenerate actor: {share}; train longer, raise adaptive.actor_lr, or choose widths further apart")
+    elif "alarm" in last:
+        found.append(f"at the end of training a {last['alarm']}; what it decides now comes from the price set afterwards alone")
+    if last.get("spent", 1.0) > 1 + FAR:
+        spent = f"training ended at {100 * last['spent']:.0f} % of the budget"
+        found.append(f"{spent}, and the price that brings it down was set afterwards: the weights are not trained for it; train longer")
+    if promise.interval[0] > 1:
+        found.append(f"the budget is not kept: {promise.text}; give a larger budget, or narrower widths to choose from")
+    elif not promise.met:
+        found.append(f"it is not certain that the budget is kept: {promise.text}; hold out more images, or give a larger budget")
+    elif promise.interval[1] < 1 - FAR:
+        found.append(f"much of the budget is unspent: {promise.text}; choose widths closer together, or a smaller budget")
+    return found
+
+
+def settle_price(net: AdaptiveNet, split: Split, *, margin: float = Z, others: int | None = None) -> float:
     """Set the actor's prices so that the mean cost on a split plus ``margin`` standard errors is the budget's; return their mean.
+
+    The standard error is that of the difference between the split's mean and that of as many ``others`` images (None: of all there are).
 
     A price is subtracted from every choice in proportion to its cost, as a Lagrange multiplier would be. One price for all sites is
     found by bisection on what the actor said in one pass; where a site then falls as a whole and leaves something of the budget, sites
     get a lower price one after another as long as the budget keeps. All is found again a few times: a site's decision changes what the
     sites after it read.
     """
+    margin *= math.sqrt(1 + len(split) / others) if others else 1.0
     best, price = None, net.actor.price
     for _ in range(ROUNDS):
         found, excess = _heard_price(net, split, margin)
@@ -170,4 +204,4 @@ def _excess(shares: Tensor, margin: float) -> float:
     return float(shares.double().mean()) + margin * error - 1
 
 
-__all__ = ["Promise", "batches", "bracket", "check", "decisions", "settle_price"]
+__all__ = ["Promise", "alarms_of", "batches", "bracket", "check", "decisions", "settle_price"]

@@ -55,11 +55,13 @@ class Chosen:
     Attributes:
         decision: what runs.
         cost: cost of the choice, with the gradient of the relaxation, ``[N]``.
+        size: mean square of the scores about their mean, ``[N]``: how far the actor is from reconsidering; zero for ``gaussian``.
         logp: log-probability of the choice under the actor's distribution, ``[N]``; None where it is not asked for.
     """
 
     decision: Decision
     cost: Tensor
+    size: Tensor
     logp: Tensor | None = None
 
 
@@ -85,14 +87,15 @@ def concrete(scores: Tensor, costs: Tensor, gumbel: Tensor, uniform: Tensor, dra
     soft = torch.softmax(noisy / draw.temperature, 1)
     hot = F.one_hot(index, scores.shape[1]).to(soft.dtype)
     cost = ((hot + soft - soft.detach()) * costs).sum(1)
+    size = (scores - scores.mean(1, keepdim=True)).square().mean(1)
     if not pathwise:
         logp = torch.log_softmax(scores, 1)
-        return Chosen(Decision(index), cost, (logp * hot).sum(1))
+        return Chosen(Decision(index), cost, size, (logp * hot).sum(1))
     rest = soft.detach() * (1 - hot) + TINY * (1 - hot)
     others = rest / rest.sum(1, keepdim=True)
     other = (others.cumsum(1) < uniform[:, None]).sum(1).clamp_max(scores.shape[1] - 1)
     weight = (soft / others.clamp_min(TINY)).gather(1, other[:, None])[:, 0]
-    return Chosen(Decision(index, other, weight - weight.detach()), cost)
+    return Chosen(Decision(index, other, weight - weight.detach()), cost, size)
 
 
 def gaussian(
@@ -128,9 +131,9 @@ def gaussian(
     if not pathwise:
         spread = (draw.noise * width).clamp_min(1e-3)
         logp = -0.5 * ((raw.detach() - middle) / spread).square() - spread.log()
-        return Chosen(Decision(index), cost, logp)
+        return Chosen(Decision(index), cost, torch.zeros_like(cost), logp)
     weight = torch.where(upper, 1 - share, share)
-    return Chosen(Decision(index, other, weight if interpolate else weight - weight.detach()), cost)
+    return Chosen(Decision(index, other, weight if interpolate else weight - weight.detach()), cost, torch.zeros_like(cost))
 
 
 def settled(scores: Tensor, costs: Tensor, relaxation: str) -> Tensor:

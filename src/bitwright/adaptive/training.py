@@ -24,7 +24,7 @@ from bitwright import runs
 from bitwright.adaptive.actor import ActorOptions, Kind, Relaxation, Table
 from bitwright.adaptive.network import AdaptiveNet, Mode
 from bitwright.adaptive.objective import forced_losses, sample_losses
-from bitwright.adaptive.promise import Promise, bracket, check, settle_price
+from bitwright.adaptive.promise import ALIKE, Promise, alarms_of, bracket, check, settle_price
 from bitwright.adaptive.relaxations import Draw
 from bitwright.allocation import allocate
 from bitwright.data.quality import MixedSplit
@@ -49,10 +49,10 @@ FIRM = 10.0
 """Score of a choice that is no longer to be reconsidered."""
 PULL = 1.0
 """How much of the present excess over the budget is added to its integral in λ."""
+PRICED = 0.05
+"""Share of training between two settings of the actor's price, so that weights are trained at decisions that keep the budget."""
 UNUSED = ("ema", "bins", "mixup", "stop_at")
 """Options of fine-tuning that an adaptive training does not know; they must be 0, or left out."""
-ALIKE = 0.99
-"""An actor whose decisions agree this much across samples decides the same for all."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class AdaptiveOptions:
         interpolate: share of training in which the ``gaussian`` relaxation mixes the outputs of two widths.
         trust: in nats: the loss that a site is estimated to save for a sample counts for no more; the estimate is linear, so a large one
             is wrong.
+        hold: weight of the mean square of the actor's scores, summed over sites: an actor that is too sure of a choice hears nothing of
+            the others any more, not even that the budget is exceeded.
         baseline: decay of the running mean that ``reinforce`` compares losses with.
         patience: how fast λ reacts: at 1, an excess of a tenth of what decisions can move, kept for all of training, raises λ by 1.
         calibration: training images that step sizes and statistics are taken from.
@@ -100,6 +102,7 @@ class AdaptiveOptions:
     cold: float = 0.5
     interpolate: float = 0.5
     trust: float = 1.0
+    hold: float = 1e-3
     baseline: float = 0.95
     patience: float = 1.0
     calibration: int = 512
@@ -116,9 +119,10 @@ class AdaptiveOptions:
             raise TrainingError(
                 f"adaptive option quiet={self.quiet} is below warmup={self.warmup}: in the warm-up all is drawn; raise quiet"
             )
-        if min(self.hot, self.cold, self.patience, self.actor_lr, self.trust) <= 0 or min(self.calibration, self.settle) < 2:
+        above = (self.hot, self.cold, self.patience, self.actor_lr, self.trust)
+        if min(above) <= 0 or self.hold < 0 or min(self.calibration, self.settle) < 2:
             raise TrainingError(
-                "adaptive options hot, cold, patience, trust and actor_lr must be above 0, calibration and settle at least 2"
+                "adaptive options hot, cold, patience, trust, actor_lr must be above 0, hold at least 0, calibration and settle at least 2"
             )
 
     def actor_options(self) -> ActorOptions:
@@ -204,22 +208,11 @@ def train_adaptive(
         if bad is not None:
             raise TrainingError(f"after the last step '{bad}' holds values that are not finite; lower finetune.lr or check the data")
         if not _one_policy(net):
-            settle_price(net, data.take(options.settle))
+            settle_price(net, data.take(options.settle), others=len(held_out))
         promise = check(net, held_out, seed=seed)
     set_memory_order(net.eval(), channels_last=False)
     progress = trainer.progress
-    return AdaptiveHistory(tuple(progress.rows), progress.step, progress.seconds, promise, tuple(alarms_of(net, promise)))
-
-
-def alarms_of(net: AdaptiveNet, promise: Promise) -> list[str]:
-    """Return what is wrong with a trained actor, in sentences."""
-    found = []
-    if net.actor.reads and promise.agreement > ALIKE:
-        share = f"{100 * promise.agreement:.1f} % of its decisions are the same for every sample"
-        found.append(f"degenerate actor: {share}; train longer, raise adaptive.actor_lr, or choose widths further apart")
-    if not promise.met:
-        found.append(f"the budget is not kept: {promise.text}; give a larger budget, or narrower widths to choose from")
-    return found
+    return AdaptiveHistory(tuple(progress.rows), progress.step, progress.seconds, promise, tuple(alarms_of(net, promise, progress.rows)))
 
 
 class _Trainer:
@@ -262,6 +255,9 @@ class _Trainer:
         warm = share < options.warmup
         if progress.step == self.final_step and _one_policy(net):
             _fix_policy(net)
+        if self._prices_now():
+            settle_price(net, self.data.take(options.calibration), margin=0.0)
+            net.train()
         x, y, condition = self._batch()
         net.mode = self._mode()
         net.interpolate = net.mode == "pathwise" and options.relaxation == "gaussian" and share < options.interpolate
@@ -269,7 +265,7 @@ class _Trainer:
         draw = self._draw(len(x), share, heed=not warm)
         self._rates()
         site = self._probed(len(x))
-        losses, cost, logp, other, gate = self._loss_of()(x, y, draw, condition, site)
+        losses, cost, size, logp, other, gate = self._loss_of()(x, y, draw, condition, site)
         task, spent = losses.mean(), cost.mean()
         over = (cost - 1) / net.span  # in units of what decisions can change, whatever the pinned sites and the actor take
         objective = task if warm else task + progress.strength * over.mean()
@@ -277,10 +273,17 @@ class _Trainer:
             objective = task + self._score_function(losses.detach() + progress.strength * over.detach(), logp)
         if not warm and net.mode == "probing":
             objective = objective + self._differences(x, y, losses.detach(), other, gate)
-        self._take(objective, x, draw, condition, warm=warm)
+        self._take(objective + options.hold * size.mean(), x, draw, condition, warm=warm)
         self._control(float(spent.detach()), warm=warm, fixed=progress.step >= self.final_step)
         for name, value in (("loss", float(task.detach())), ("spent", float(spent.detach()))):
             progress.sums[name] = progress.sums.get(name, 0.0) + value
+
+    def _prices_now(self) -> bool:
+        """Return whether the actor's price is set in this step: now and then, once nothing is drawn any more."""
+        if self.options.estimator == "reinforce" or self.actor_optimizer is None or _one_policy(self.net):
+            return False
+        since = self.progress.step - math.ceil(self.options.quiet * self.steps)
+        return since >= 0 and since % max(1, round(self.steps * PRICED)) == 0
 
     def _mode(self) -> Mode:
         if self.options.estimator == "reinforce" or self.options.actor == "random":
@@ -371,7 +374,7 @@ class _Trainer:
             self.actor_optimizer.zero_grad(set_to_none=True)
 
     def _control(self, spent: float, *, warm: bool, fixed: bool) -> None:
-        """Move λ, the price of the budget, by what is spent over it; in the final part only the actor's price follows, slowly.
+        """Move λ, the price of the budget, by what is spent over it; in the final part it stays.
 
         Once nothing is drawn any more, λ may fall below zero: weights that got used to few bits do not ask for what is left of the budget.
         """
@@ -381,8 +384,6 @@ class _Trainer:
             return
         if fixed:
             progress.strength = progress.integral  # without the part that follows the last few steps
-            if progress.step % max(1, self.steps // 200) == 0 and not _one_policy(self.net):
-                self.net.actor.price += 0.2 * (progress.mean_cost - 1) / self.net.span
             return
         excess = (progress.mean_cost - 1) / self.net.span
         least = 0.0 if progress.step < self.options.quiet * self.steps else -math.inf
@@ -488,4 +489,4 @@ def labelled(split: Split) -> tuple[Tensor, Tensor | None]:
     return split.batch(index)[0], None
 
 
-__all__ = ["AdaptiveHistory", "AdaptiveOptions", "alarms_of", "train_adaptive"]
+__all__ = ["AdaptiveHistory", "AdaptiveOptions", "train_adaptive"]
