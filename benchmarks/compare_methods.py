@@ -12,7 +12,7 @@ defaults, so that none is given more than another; the others take what they nee
 The work is one `bitwright compare` a network and kind of budget, under ``--runs``. The same command goes on after a kill, and several
 processes that run it at once share the work. Writes results/compare-cifar10-resnet20.csv and results/compare-resnet8.csv (a row a
 seed, and rows of means with the difference to uniform, its corrected interval and p-value); ``--no-write`` leaves that to another
-process. Settings for a try: --short 2 --long 2 --set data.held_out=500.
+process. Rows of budgets that are not asked for stay in the file. Settings for a try: --short 2 --long 2 --set data.held_out=500.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import environment, write
+from record import RESULTS, environment, write
 
 from bitwright.compare import compare
 from bitwright.methods import available
@@ -83,6 +83,16 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
     }
 
 
+def with_others(network: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return rows and, from the file that is there, those of other budgets, in the order of the budgets."""
+    file, new = RESULTS / f"compare-{network}.csv", {row["budget"] for row in rows}
+    if file.is_file():
+        with file.open(newline="") as opened:
+            rows = rows + [row for row in csv.DictReader(opened) if row["budget"] not in new]
+    order = [text for kind in BUDGETS.values() for text in kind["budgets"]]
+    return sorted(rows, key=lambda row: order.index(row["budget"]))
+
+
 def rows_of(network: str, directory: Path) -> list[dict[str, str]]:
     """Return the rows of a comparison's table."""
     with (directory / "compare.csv").open(newline="") as file:
@@ -120,7 +130,7 @@ def main() -> None:
                 print(f"{network}, {table['budget']}, {table['stage']}:", *table["sentences"], sep="\n  ", flush=True)
             rows += rows_of(network, out)
         if not arguments.no_write:
-            print(write(f"compare-{network}", rows))
+            print(write(f"compare-{network}", with_others(network, rows)))
 
 
 if __name__ == "__main__":

@@ -216,11 +216,19 @@ def _difference(row: Row) -> str:
     return f"{100 * float(row['difference']):+.2f} ({low} to {high})"
 
 
+SPENT = 0.9
+"""Share of the others' costs below which uniform is no equal rival."""
+
+
 def _verdict(rows: list[Row]) -> str:
     """Return whether mixed widths beat uniform, as the table says."""
     sure = [row for row in rows if row["p_value"] and float(row["p_value"]) <= 0.05]
     better, worse = ([row["method"] for row in sure if sign * float(row["difference"]) > 0] for sign in (1, -1))
     text = f"Significantly better than uniform: {', '.join(better) or 'none'}; significantly worse: {', '.join(worse) or 'none'}."
+    spent = {row["method"]: float(row["average_weight_bits" if row["budget"].startswith("weight_bits") else "bitops"]) for row in rows}
+    share = spent["uniform"] / max(spent.values())
+    if share < SPENT:
+        text += f" Uniform spends {100 * share:.0f} % of what the others do: with the ends at 8 bits no wider one fits. Mind that in its accuracy."
     left = [f"{row['method']} ({row['left_out']})" for row in rows if row["left_out"]]
     return text + (f" Left out: {'; '.join(left)}." if left else "")
 
