@@ -228,7 +228,8 @@ def _verdict(rows: list[Row]) -> str:
     spent = {row["method"]: float(row["average_weight_bits" if row["budget"].startswith("weight_bits") else "bitops"]) for row in rows}
     share = spent["uniform"] / max(spent.values())
     if share < SPENT:
-        text += f" Uniform spends {100 * share:.0f} % of what the others do: with the ends at 8 bits no wider one fits. Mind that in its accuracy."
+        why = "with the ends at 8 bits no wider one fits; mind that in its accuracy"
+        text += f" Uniform spends {100 * share:.0f} % of what the others do: {why}."
     left = [f"{row['method']} ({row['left_out']})" for row in rows if row["left_out"]]
     return text + (f" Left out: {'; '.join(left)}." if left else "")
 
