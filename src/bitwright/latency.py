@@ -7,8 +7,8 @@ time of its own and fused operations cost none. Whole networks are timed instead
 
 is fitted by non-negative least squares, where a class c is what the target runs a pair of widths as (``int8``, ``bf16``, …), and b is
 what a border between two sites that run one after the other costs. Terms are drawn towards a share of the uniform networks' times in
-proportion to multiply-accumulates. As a cost, which is a sum over sites, a table counts the borders that the timed policies have on
-average. How well whole networks are predicted is judged on policies that nothing was fitted on, and kept in the table.
+proportion to multiply-accumulates. As a cost, a table is this prediction: a budget counts the borders that each policy has. How well
+whole networks are predicted is judged on policies that nothing was fitted on, and kept in the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
-from bitwright.costs import Cost
+from bitwright.costs import Cost, Pair
 from bitwright.errors import BudgetError, TargetError
 from bitwright.policy import Bits, Policy
 from bitwright.runs import versions, write_text_atomic
@@ -84,7 +84,6 @@ class Table(Cost):
         fitted: the timings that the terms are fitted on.
         judged: timings beside predictions of policies that nothing was fitted on.
         border: nanoseconds of a change of class between two sites that run one after the other.
-        borders: how many changes a budget counts: those of the timed policies on average.
     """
 
     name: ClassVar[str] = "latency"
@@ -100,12 +99,17 @@ class Table(Cost):
     fitted: tuple[Timing, ...] = field(default=(), hash=False)
     judged: tuple[Timing, ...] = field(default=(), hash=False)
     border: int = 0
-    borders: int = 0
 
     @property
     def fixed(self) -> int:
-        """What is spent whatever the policy says, an average number of borders included."""
-        return self.base + self.border * self.borders
+        """What is spent whatever the policy says."""
+        return self.base
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The sites that run one after the other, and what a border between them costs."""
+        neighbours = itertools.pairwise(self.classes.items())
+        return tuple(Pair((a, b), (left, right), self.border) for (a, left), (b, right) in neighbours)
 
     def __call__(self, site: Site, bits: Bits) -> int:
         """Return the nanoseconds of a site at a pair of widths."""
@@ -120,7 +124,7 @@ class Table(Cost):
         return self.terms[site.name][self.classes[site.name][bits]]
 
     def in_float(self, sites: Sequence[Site]) -> int:  # type: ignore[override]
-        """Return the slowest that the network can be: the whole of a budget in percent."""
+        """Return the time with every site at its slowest, borders left out: the whole of a budget in percent."""
         return self.fixed + sum(max(self.terms[site.name].values()) for site in sites)
 
     def check(self, sites: Sequence[Site]) -> None:
@@ -156,7 +160,7 @@ class Table(Cost):
         judged = {"median_error": float(np.median(errors)), "worst_error": max(errors), "policies": len(errors)} if errors else None
         terms = {name: dict(known) for name, known in self.terms.items()}
         timings = {"fitted": [t.to_dict() for t in self.fitted], "judged": [t.to_dict() for t in self.judged]}
-        facts |= {"base": self.base, "border": self.border, "borders": self.borders, "macs": dict(self.macs)}
+        facts |= {"base": self.base, "border": self.border, "macs": dict(self.macs)}
         return {**facts, "terms": terms, "classes": classes, "prediction": judged, **timings}
 
     def save(self, path: str | Path) -> None:
@@ -175,9 +179,9 @@ class Table(Cost):
             }
             terms = {name: {str(kind): int(ns) for kind, ns in known.items()} for name, known in data["terms"].items()}
             fitted, judged = (tuple(_timing(entry) for entry in data[part]) for part in ("fitted", "judged"))
-            borders = int(data["border"]), int(data["borders"])
+            base, border = int(data["base"]), int(data["border"])
             macs = {str(name): int(count) for name, count in data["macs"].items()}
-            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, macs, fitted, judged, *borders)
+            return cls(str(data["target"]), dict(data["machine"]), base, terms, classes, macs, fitted, judged, border)
         except OSError as error:
             ask = "measure one: bitwright profile --target NAME --measure"
             raise BudgetError(f"latency: no table in {path} ({error.strerror}); {ask}") from None
@@ -255,9 +259,8 @@ def measure_table(
     timings = stopwatch.time(drawn, SECONDS, TURNS, log)
     fitted, held = timings[: len(timings) - judged], timings[len(timings) - judged :]
     base, border, terms = fit(trace.sites, classes, fitted)
-    usual = round(sum(count_borders(classes, timing.policy) for timing in fitted) / len(fitted))
     macs = {site.name: site.macs for site in trace.sites}
-    return Table(named(target), fingerprint(target.latency), base, terms, classes, macs, tuple(fitted), tuple(held), border, usual)
+    return Table(named(target), fingerprint(target.latency), base, terms, classes, macs, tuple(fitted), tuple(held), border)
 
 
 def named(target: Target) -> str:
@@ -289,7 +292,7 @@ def random_policy(classes: Mapping[str, Mapping[Bits, str]], rng: np.random.Gene
 
 def count_borders(classes: Classes, policy: Mapping[str, Bits]) -> int:
     """Return how often the class changes from one site to the next."""
-    kinds = [classes[name][bits] for name, bits in policy.items()]
+    kinds = [known[policy[name]] for name, known in classes.items()]
     return sum(a != b for a, b in itertools.pairwise(kinds))
 
 
