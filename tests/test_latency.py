@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -15,7 +16,7 @@ from bitwright.allocation import repair
 from bitwright.costs import parse_budget
 from bitwright.driver import search
 from bitwright.errors import BudgetError, TargetError
-from bitwright.latency import Table, Timing, count_borders, fit, measure_table, named, random_policy, uniform_policies
+from bitwright.latency import Table, Timing, count_borders, fingerprint, fit, measure_table, named, random_policy, uniform_policies
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, build_choices
 from bitwright.relaxation import Decisions
@@ -102,6 +103,31 @@ def test_a_limit_that_only_borders_break_says_the_nearest_feasible_one():
     with pytest.raises(BudgetError, match=r"its limit is 379ns .* reach 380ns .*; the nearest feasible limit is 380ns \(380 ns\)"):
         Problem(NET, TRACE, PAIRS, budget, evaluate=lambda policy: 0.0).check()
     Problem(NET, TRACE, PAIRS, parse_budget("latency<=380ns", TRACE.sites, pins={}, costs=(made,)), evaluate=lambda policy: 0.0).check()
+
+
+HERE = {"processor": "here", "features": ["avx2"], "runtime": "openvino 2026.4"}
+
+
+@pytest.mark.parametrize(
+    ("part", "other"), [("processor", "there"), ("features", ["avx2", "amx_int8"]), ("runtime", "openvino 2025.1"), ("cores", 99)]
+)
+def test_a_table_of_another_machine_is_told(monkeypatch, part, other):
+    monkeypatch.setattr("bitwright.latency.fingerprint", lambda runtime: {**HERE, "runtime": f"{runtime} 2026.4", "cores": 2})
+    made = dataclasses.replace(table(0, 0), machine={**HERE, "cores": 2})
+    assert made.elsewhere() is None
+    said = dataclasses.replace(made, machine={**made.machine, part: other}).elsewhere()
+    assert (said is None) == (part == "cores")
+    if said is not None:
+        spelled = " ".join(other) if isinstance(other, list) else other
+        assert said.startswith("The latency table was measured on another machine (")
+        assert spelled in said
+        assert "than this one (here, avx2, openvino 2026.4)" in said
+
+
+def test_a_table_names_no_module_to_import():
+    odd = dataclasses.replace(table(0, 0), machine={**fingerprint("no.such"), "runtime": "antigravity 1"})
+    assert "antigravity 1) than this one" in (odd.elsewhere() or "")
+    assert "antigravity not installed)" in (odd.elsewhere() or "")
 
 
 @pytest.mark.parametrize("granularity", ["layer", "net"])

@@ -13,6 +13,8 @@ whole networks are predicted is judged on policies that nothing was fitted on, a
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -46,6 +48,10 @@ SHRINKAGE = 0.3
 """Standard deviation of a term about its prior, as a share of the prior, where measurements are exact to `NOISE`."""
 NOISE = 0.02
 """Standard deviation of a measurement, as a share of it."""
+COMPARED = ("processor", "features", "runtime")
+"""What two machines have in common if a table of one holds for the other."""
+RUNTIMES = ("openvino", "onnxruntime")
+"""What measures latencies."""
 Floats = NDArray[np.float64]
 Classes = Mapping[str, Mapping[Bits, str]]
 """By site, what the target runs each pair of widths as."""
@@ -135,6 +141,15 @@ class Table(Cost):
                 ask = "it is of another network or input size; measure again"
                 raise BudgetError(f"latency: the table has {found} MACs for site '{site.name}', which has {site.macs:,} here; {ask}")
 
+    def elsewhere(self) -> str | None:
+        """Return a sentence that names both machines where the table's is not this one, by processor, features or runtime; else None."""
+        runtime = str(self.machine.get("runtime", "")).partition(" ")[0]
+        here = fingerprint(runtime)
+        if all(self.machine.get(part) == here[part] for part in COMPARED):
+            return None
+        machines = f"another machine ({_machine_text(self.machine)}) than this one ({_machine_text(here)})"
+        return f"The latency table was measured on {machines}: its predictions, and budgets on latency, hold for that one."
+
     def covers(self, policy: Mapping[str, Bits]) -> bool:
         """Return whether all of a policy's widths were measured."""
         return all(bits in self.classes.get(name, ()) for name, bits in policy.items())
@@ -206,9 +221,19 @@ def fingerprint(runtime: str) -> dict[str, Any]:
     known = {key.strip(): value.strip() for key, value in lines.items()}
     wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     features = [flag for flag in wanted if flag in known.get("flags", "").split()]
-    library = __import__(runtime)
     facts = {"processor": known.get("model name", platform.processor()), "features": features, "cores": os.cpu_count(), "threads": 1}
-    return {**facts, "system": platform.system(), "runtime": f"{runtime} {library.__version__}", "versions": versions()}
+    return {**facts, "system": platform.system(), "runtime": f"{runtime} {_version(runtime)}", "versions": versions()}
+
+
+def _version(runtime: str) -> str:
+    if runtime not in RUNTIMES or importlib.util.find_spec(runtime) is None:
+        return "not installed"
+    return str(importlib.import_module(runtime).__version__)
+
+
+def _machine_text(machine: Mapping[str, Any]) -> str:
+    features = " ".join(machine.get("features") or ()) or "no known features"
+    return f"{machine.get('processor') or 'unknown processor'}, {features}, {machine.get('runtime') or 'unknown runtime'}"
 
 
 # ---- measuring
