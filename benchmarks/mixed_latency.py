@@ -31,7 +31,7 @@ from bitwright import export, load_data, models, parse_budget, quantize, trace
 from bitwright.data import Data
 from bitwright.evaluation import Evaluation, paired_difference, score
 from bitwright.exporters.openvino import compile_model, read
-from bitwright.latency import Table, measure_table
+from bitwright.latency import Table, measure_table, uniform_policies
 from bitwright.methods.kl import KL
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, build_choices
@@ -94,8 +94,8 @@ class Case:
     def mixtures(self, table: Table) -> dict[str, Policy]:
         """Return the policies of budgets between the fastest engine and the bfloat16 one."""
         harms, found = self.harms(), {}
-        least = table.fixed + sum(min(table(s, b) for b in self.choices[s.name]) for s in self.trace.sites)
-        most = table.fixed + sum(table(s, Bits(16, 16)) for s in self.trace.sites)
+        least = min(table.predict(policy) for policy in uniform_policies(table.classes))
+        most = table.predict({s.name: Bits(16, 16) for s in self.trace.sites})
         for share in SHARES:
             limit = round(least + share * (most - least))
             budget = parse_budget(f"latency<={limit}ns", self.trace.sites, pins={}, costs=(table,))

@@ -57,6 +57,29 @@ def test_never_beaten_by_brute_force_and_always_feasible(problem):
 
 
 @settings(max_examples=60, deadline=None)
+@given(problems(), st.data())
+def test_borders_are_counted_exactly(problem, data):
+    values, terms, limits = problem
+    kinds = [np.asarray([data.draw(st.integers(0, 2)) for _ in column]) for column in values]
+    prices = [[data.draw(st.integers(0, 1000)) for _ in values[1:]] for _ in terms]
+    borders = [[allocation.Border((i, i + 1), (kinds[i], kinds[i + 1]), price) for i, price in enumerate(own)] for own in prices]
+    every = itertools.product(*(range(len(column)) for column in values))
+
+    def kept(chosen):
+        totals = (allocation.total(own, chosen, between) for own, between in zip(terms, borders, strict=True))
+        return all(total <= limit for total, limit in zip(totals, limits, strict=True))
+
+    losses = [math.fsum(v[j] for v, j in zip(values, chosen, strict=True)) for chosen in every if kept(chosen)]
+    if not losses:
+        with pytest.raises(BudgetError, match="no choice of bits keeps every limit"):
+            allocation.allocate(values, terms, limits, borders)
+        return
+    chosen = allocation.allocate(values, terms, limits, borders)
+    assert kept(chosen)
+    assert math.fsum(v[j] for v, j in zip(values, chosen, strict=True)) <= min(losses) + 1e-9 * (1 + max(map(max, values)))
+
+
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_nearest_limits_are_met_and_one_unit_less_is_not(problem):
     _, terms, limits = problem

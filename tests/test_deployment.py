@@ -8,9 +8,15 @@ import pytest
 import yaml
 
 from bitwright import cli
+from bitwright.deployment import measured_latency
 from bitwright.errors import TargetError
 from bitwright.job import Job
+from bitwright.latency import Table, fingerprint, named
+from bitwright.pipeline import write_json
+from bitwright.policy import Bits, Policy
+from bitwright.progress import text_of
 from bitwright.recipe import load_recipe
+from bitwright.report import render
 
 pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
 
@@ -111,6 +117,32 @@ def test_a_network_by_name_is_timed_without_data(capsys, tmp_path):
     assert "nothing here measures its latency" in said(capsys, "profile", *gpu, code=2)
     ignored = ("--model", "digits_cnn", "--data", "digits", "--measure", "--save", str(file), "--sensitivity")
     assert "--sensitivity has no meaning for it" in said(capsys, "profile", *ignored, code=2)
+
+
+def test_a_table_of_another_machine_is_said_in_the_log_and_in_the_report(tiny, tmp_path, monkeypatch):
+    here, told = fingerprint("onnxruntime"), []
+    search = {**tiny["search"], "budgets": ["latency<=1ms"], "weights": [8, 32], "activations": [8, 32]}
+    recipe = load_recipe(
+        {**tiny, "target": "onnxruntime-x86", "latency": str(tmp_path / "t.json"), "search": search, "export": {"to": "onnx"}}
+    )
+    job = Job.open(recipe, tmp_path / "run", log=lambda stage, row: told.append(f"{stage}: {text_of(row)}"))
+    classes = {site.name: {bits: str(job.target.runs(site, bits)) for bits in job.choices[site.name]} for site in job.trace.sites}
+    terms = {name: dict.fromkeys(known.values(), 100) for name, known in classes.items()}
+    macs = {site.name: site.macs for site in job.trace.sites}
+    Table(named(job.target), {**here, "processor": "ANOTHER MACHINE"}, 0, terms, classes, macs).save(tmp_path / "t.json")
+    write_json(job, "sites.json", job.sites_table())
+    (line,) = told
+    assert line.startswith("latency: ! The latency table was measured on another machine (ANOTHER MACHINE, ")
+    assert f"than this one ({here['processor']}, " in line
+    (job.run.path / "policy.json").write_text(Policy((name, Bits(8, 8)) for name in job.trace.names).to_json())
+    assert render(job.run.path).count("measured on another machine (ANOTHER MACHINE") == 1
+
+    monkeypatch.setattr("bitwright.deployment.SECONDS", 0.001)
+    measured = measured_latency(job)["latency"]
+    assert measured["machine"]["processor"] == here["processor"]
+    assert measured["table"]["machine"]["processor"] == "ANOTHER MACHINE"
+    write_json(job, "export/export.json", {"to": "onnx", "bytes": 1, "latency": measured})
+    assert render(job.run.path).count("measured on another machine (ANOTHER MACHINE") == 1
 
 
 def test_a_latency_budget_without_a_table_says_how_to_get_one(capsys, recipe_file, tmp_path):

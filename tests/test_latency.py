@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -9,11 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from bitwright import methods
+from bitwright.allocation import repair
 from bitwright.costs import parse_budget
+from bitwright.driver import search
 from bitwright.errors import BudgetError, TargetError
-from bitwright.latency import Table, Timing, count_borders, fit, measure_table, named, random_policy, uniform_policies
+from bitwright.latency import Table, Timing, count_borders, fingerprint, fit, measure_table, named, random_policy, uniform_policies
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, build_choices
+from bitwright.relaxation import Decisions
+from bitwright.sensitivity import solve
 from bitwright.sites import trace
 from bitwright.targets import get_target
 
@@ -38,7 +45,102 @@ def table(count=24, judged=20, noise=0.01):
     timings += [timing(random_policy(CLASSES, rng), noise=noise, rng=rng) for _ in range(count + judged)]
     base, border, terms = fit(TRACE.sites, CLASSES, timings[: len(timings) - judged])
     fitted, held = tuple(timings[: len(timings) - judged]), tuple(timings[len(timings) - judged :])
-    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, MACS, fitted, held, border, 1)
+    return Table("openvino-x86 version 1", {"processor": "p"}, base, terms, CLASSES, MACS, fitted, held, border)
+
+
+PAIRS = {site.name: (Bits(8, 8), Bits(16, 16)) for site in TRACE.sites}
+
+
+def planted(limit, border=300, choices=None):
+    """A problem where the second site loses most by 8 bits, and every change of type costs time."""
+    terms = {name: {"int8": 100, "bf16": 150 + 50 * (name == "2")} for name in CLASSES}
+    classes = {name: {Bits(8, 8): "int8", Bits(16, 16): "bf16"} for name in CLASSES} if choices is None else choices
+    made = Table("openvino-x86 version 2", {"processor": "p"}, 100, terms, classes, MACS, border=border)
+    budget = parse_budget(f"latency<={limit}ns", TRACE.sites, pins={}, costs=(made,))
+    harm = {name: 4.0 if name == "2" else 1.0 for name in CLASSES}
+    widths = PAIRS if choices is None else {name: tuple(known) for name, known in choices.items()}
+    loss = lambda policy: sum(harm[name] for name, bits in policy.items() if bits.w == 8)  # noqa: E731
+    return made, Problem(NET, TRACE, widths, budget, evaluate=loss, seed=1)
+
+
+def test_a_budget_counts_the_borders_that_a_policy_has():
+    made, problem = planted(900)
+    one = Policy((name, Bits(16, 16) if name == "2" else Bits(8, 8)) for name in CLASSES)
+    assert made.total(TRACE.sites, one) == made.predict(one) == problem.costs(one)[0] == 100 + 3 * 100 + 200 + 2 * 300
+    assert not problem.feasible(one)
+    assert problem.feasible(Policy((name, Bits(16, 16)) for name in CLASSES))  # no border: 750 ns
+    assert repair(one, problem) != one
+    assert not planted(1199)[1].feasible(one)
+    assert planted(1200)[1].feasible(one)
+
+
+@pytest.mark.parametrize("name", ["uniform", "random", "greedy", "evolution"])
+@pytest.mark.parametrize("limit", [500, 620, 749, 849, 949, 1049, 1199])
+def test_what_a_search_returns_is_predicted_within_its_budget(name, limit):
+    if name == "evolution":
+        pytest.importorskip("optuna", reason="optuna is not installed")
+    made, problem = planted(limit, border=100)
+    options = {"random": {"count": 8}, "evolution": {"trials": 12, "population": 4}}.get(name, {})
+    result = search(problem, methods.get_method(name)(**options))
+    assert made.predict(result.policy) == result.costs[0] <= limit
+    assert all(made.predict(trial.policy) <= limit for trial in result.history)
+
+
+@pytest.mark.parametrize("limit", range(500, 1000, 50))
+def test_an_allocation_by_scores_is_the_best_policy_that_is_predicted_within_the_budget(limit):
+    made, problem = planted(limit, border=100)
+    scores = {name: torch.tensor([4.0 if name == "2" else 1.0, 0.0]) for name in CLASSES}
+    every = (Policy(zip(CLASSES, bits, strict=True)) for bits in itertools.product(*PAIRS.values()))
+    best = min(problem.loss(policy) for policy in every if made.predict(policy) <= limit)
+    assert problem.loss(solve(problem, scores)) == best
+
+
+def test_a_limit_that_only_borders_break_says_the_nearest_feasible_one():
+    terms = {name: {"int8": 100, "bf16": 90} if k % 2 else {"int8": 90, "bf16": 100} for k, name in enumerate(CLASSES)}
+    classes = {name: {Bits(8, 8): "int8", Bits(16, 16): "bf16"} for name in CLASSES}
+    made = Table("openvino-x86 version 2", {"processor": "p"}, 0, terms, classes, MACS, border=300)
+    budget = parse_budget("latency<=379ns", TRACE.sites, pins={}, costs=(made,))
+    with pytest.raises(BudgetError, match=r"its limit is 379ns .* reach 380ns .*; the nearest feasible limit is 380ns \(380 ns\)"):
+        Problem(NET, TRACE, PAIRS, budget, evaluate=lambda policy: 0.0).check()
+    Problem(NET, TRACE, PAIRS, parse_budget("latency<=380ns", TRACE.sites, pins={}, costs=(made,)), evaluate=lambda policy: 0.0).check()
+
+
+HERE = {"processor": "here", "features": ["avx2"], "runtime": "openvino 2026.4"}
+
+
+@pytest.mark.parametrize(
+    ("part", "other"), [("processor", "there"), ("features", ["avx2", "amx_int8"]), ("runtime", "openvino 2025.1"), ("cores", 99)]
+)
+def test_a_table_of_another_machine_is_told(monkeypatch, part, other):
+    monkeypatch.setattr("bitwright.latency.fingerprint", lambda runtime: {**HERE, "runtime": f"{runtime} 2026.4", "cores": 2})
+    made = dataclasses.replace(table(0, 0), machine={**HERE, "cores": 2})
+    assert made.elsewhere() is None
+    said = dataclasses.replace(made, machine={**made.machine, part: other}).elsewhere()
+    assert (said is None) == (part == "cores")
+    if said is not None:
+        spelled = " ".join(other) if isinstance(other, list) else other
+        assert said.startswith("The latency table was measured on another machine (")
+        assert spelled in said
+        assert "than this one (here, avx2, openvino 2026.4)" in said
+
+
+def test_a_table_names_no_module_to_import():
+    odd = dataclasses.replace(table(0, 0), machine={**fingerprint("no.such"), "runtime": "antigravity 1"})
+    assert "antigravity 1) than this one" in (odd.elsewhere() or "")
+    assert "antigravity not installed)" in (odd.elsewhere() or "")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "net"])
+def test_a_differentiable_search_expects_and_keeps_borders(granularity):
+    grid = {Bits(4, 8): "int8", Bits(4, 16): "bf16", Bits(8, 8): "int8", Bits(8, 16): "bf16"}
+    made, problem = planted(900, border=100, choices=dict.fromkeys(CLASSES, grid))
+    decisions = Decisions(problem, granularity)
+    index = [len(row.widths) - 1 if row.kind == "w" or "2" in row.sites else 0 for row in decisions.rows]
+    sure = torch.nn.functional.one_hot(torch.tensor(index), decisions.widest).double()
+    assert decisions.expected_spending(sure) == (made.predict(decisions.policy(index)),)
+    found = decisions.allocate(-torch.arange(2.0).expand(len(index), 2), torch.ones(len(index), 2, dtype=torch.bool))
+    assert found is not None
+    assert made.predict(found) <= 900
 
 
 def test_networks_that_nothing_was_fitted_on_are_predicted():
@@ -51,7 +153,7 @@ def test_networks_that_nothing_was_fitted_on_are_predicted():
 def test_a_table_is_a_cost_of_integers_and_a_promise():
     made = table(noise=0.0)
     policy = Policy((site.name, Bits(8, 8)) for site in TRACE.sites)
-    assert made.total(TRACE.sites, policy) == made.predict(policy) + made.border  # a budget counts one border, and this has none
+    assert made.total(TRACE.sites, policy) == made.predict(policy)
     assert made(TRACE.sites[0], Bits(4, 8)) == made(TRACE.sites[0], Bits(8, 8)) < made(TRACE.sites[0], Bits(16, 16))
     limit = (made.predict(policy) + made.predict(Policy((site.name, Bits(16, 16)) for site in TRACE.sites))) // 2
     budget = parse_budget(f"latency<={limit / 1e3:.3f}us", TRACE.sites, pins={}, costs=(made,))

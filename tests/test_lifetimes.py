@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitwright.lifetimes import Held
+from bitwright.memory import ActivationMemory
+from bitwright.policy import Bits
 from bitwright.sites import trace
 
 
@@ -94,6 +96,51 @@ def test_views_are_the_tensor_they_look_at():
     traced = trace(Halves(), torch.zeros(1, 2, 4))
     assert traced.lifetimes.tensors[0] == Held(8, ("left", "right"))
     assert [sum(traced.lifetimes.tensors[i].elements for i in step.held) for step in traced.lifetimes.steps] == [16]
+
+
+class Shuffle(nn.Module):
+    """Two groups of channels are shuffled between two layers, as ShuffleNet does."""
+
+    def __init__(self, built_in):
+        super().__init__()
+        self.a, self.b, self.built_in = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 1, 1), built_in
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.built_in:
+            x = F.channel_shuffle(x, 2)
+        else:
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.b(F.relu(x))
+
+
+@pytest.mark.parametrize("built_in", [False, True])
+def test_a_channel_shuffle_cannot_be_done_in_place(built_in):
+    traced = trace(Shuffle(built_in), torch.zeros(1, 3, 8, 8))
+    image, made, answer = Held(192, ("a",)), Held(512, ("b",)), Held(64, point=True)  # what the copy reads has the width of what it gives
+    copy = "channel_shuffle" if built_in else "reshape"
+    assert held(traced) == {"a: conv2d": [image, made], copy: [made, made], "b: conv2d": [made, answer]}
+    cost = ActivationMemory(traced.lifetimes)
+    assert cost.total(traced.sites, {"a": Bits(8, 8), "b": Bits(8, 8)}) == 512 + 512
+    assert cost.total(traced.sites, {"a": Bits(8, 8), "b": Bits(8, 4)}) == 256 + 256
+    assert cost.peak(traced.sites, {"a": Bits(8, 8), "b": Bits(8, 8)}) == copy
+
+
+def test_a_copy_in_the_same_order_is_part_of_the_layer_before():
+    class Copied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)
+
+        def forward(self, x):
+            return self.b(self.a(x).clone().contiguous().reshape(-1, 2, 4, 4))
+
+    steps = held(trace(Copied(), torch.zeros(1, 1, 4, 4)))
+    assert {name: [tensor.elements for tensor in tensors] for name, tensors in steps.items()} == {
+        "a: conv2d": [16, 32],
+        "b: conv2d": [32, 16],
+    }
 
 
 def test_what_only_max_pooling_reads_has_the_width_of_what_it_gives():

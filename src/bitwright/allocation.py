@@ -2,12 +2,14 @@
 
 Every function here sees plain numbers: ``values[site][choice]`` is what one choice adds to the loss,
 ``terms[row][site][choice]`` is the integer it adds to a cost, ``limits[row]`` is what the costs may sum to. A budget has one row,
-or several that all stay within its limit where the cost is a peak (`bitwright.problem.Problem.rows`).
+or several that all stay within its limit where the cost is a peak (`bitwright.problem.Problem.rows`). ``borders[row]`` is what a row
+costs besides where two sites differ in class, as a change of number format between them does (`Border`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 import sys
@@ -30,6 +32,7 @@ Values = Sequence[Sequence[float] | NDArray[Any]]
 Column = Sequence[int] | NDArray[Any]
 Terms = Sequence[Sequence[Column]]
 Kept = list[list[int]]
+Borders = Sequence[Sequence["Border"]]
 
 SPREAD = 1e5
 """The largest objective coefficient given to HiGHS: its absolute gap of 1e-6 is then 1e-11 of the largest difference."""
@@ -42,24 +45,54 @@ _stdout_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
+class Border:
+    """What a row costs where two sites differ in class.
+
+    Attributes:
+        sites: places of the two.
+        classes: of each of the two, the class of every choice, as a number.
+        price: what it costs if the classes of their choices differ.
+
+    >>> Border((0, 1), (np.array([0, 1]), np.array([0, 1])), 300).cost([0, 1])
+    300
+    """
+
+    sites: tuple[int, int]
+    classes: tuple[NDArray[np.int64], NDArray[np.int64]]
+    price: int
+
+    def cost(self, chosen: Sequence[int]) -> int:
+        """Return the cost of one choice per site."""
+        return int(self.costs(chosen))
+
+    def costs(self, columns: Sequence[int] | Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Return the cost of several choices per site, an array of them for each."""
+        left, right = (classes[columns[i]] for i, classes in zip(self.sites, self.classes, strict=True))
+        return np.asarray((left != right) * self.price)
+
+
+@dataclass(frozen=True)
 class _Row:
-    """One budget as HiGHS sees it: terms above each site's cheapest, divided by their common divisor."""
+    """One budget as HiGHS sees it: terms above each site's cheapest, and borders, divided by their common divisor."""
 
     terms: list[list[int]]
     limit: int
+    borders: list[Border]
 
 
-def allocate(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[int, ...]:
+def allocate(values: Values, terms: Terms, limits: Sequence[int], borders: Borders = ()) -> tuple[int, ...]:
     """Choose one choice per site so that the summed value is least and no summed term exceeds its limit.
 
     The multiple-choice knapsack problem (Sinha and Zoltners, 1979) as an integer program with one binary per
-    (site, choice), solved to a zero gap. The limits are then checked with Python integers: a solution that only
-    floating-point tolerance let through is cut off and the program solved again.
+    (site, choice), solved to a zero gap. A border is a variable between 0 and 1 that is no less than the difference of what its two
+    sites have of any class. The limits are then checked with Python integers: a solution that only floating-point tolerance let
+    through is cut off and the program solved again.
 
     Args:
         values: per site, the loss of each choice (any scale; ``inf`` forbids a choice).
         terms: per budget and site, the integer cost of each choice.
         limits: per budget, the largest total allowed.
+        borders: per budget, what pairs of sites add to it; none at all by default.
 
     Returns:
         The index of the chosen choice for every site.
@@ -72,8 +105,9 @@ def allocate(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[int, 
     """
     columns = [np.asarray(column, dtype=np.float64) for column in values]
     _check_values(columns)
-    kept = _undominated(columns, terms)
-    rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+    borders = borders or [()] * len(terms)
+    kept = _undominated(columns, terms, borders)
+    rows = _rows(kept, terms, limits, borders)
     while True:
         chosen = _solve(columns, kept, rows)
         if chosen is None:
@@ -84,16 +118,16 @@ def allocate(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[int, 
         if _spread(columns, narrowed) * 100 >= _spread(columns, kept):
             return picked
         kept = narrowed
-        rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+        rows = _rows(kept, terms, limits, borders)
 
 
-def total(terms: Sequence[Column], chosen: Sequence[int]) -> int:
-    """Return the summed term of one choice per site, as an exact integer.
+def total(terms: Sequence[Column], chosen: Sequence[int], borders: Sequence[Border] = ()) -> int:
+    """Return the summed term of one choice per site, with the borders between them, as an exact integer.
 
     >>> total([[1, 2], [10, 20]], (1, 0))
     12
     """
-    return sum(int(site[j]) for site, j in zip(terms, chosen, strict=True))
+    return sum(int(site[j]) for site, j in zip(terms, chosen, strict=True)) + sum(border.cost(chosen) for border in borders)
 
 
 def within(terms: Terms, limits: Sequence[int], chosen: Sequence[int]) -> bool:
@@ -132,24 +166,26 @@ def reachable(problem: Problem) -> tuple[tuple[int, int], ...]:
     """Return the least and the largest cost of any policy of ``problem``, per budget and in the cost's own unit.
 
     Of a peak, the largest of several rows, it is exact where each site has one choice that is least in all of them, as narrow
-    activations are for memory; else the least is a bound.
+    activations are for memory; else the least is a bound. So are both where a budget has borders: it has none, and all of them.
     """
     both = ranges(problem.terms)
-    lows, highs = (problem.by_budget(pair[i] for pair in both) for i in (0, 1))
+    every = [sum(border.price for border in borders) for borders in problem.borders]
+    lows = problem.by_budget(low for low, _ in both)
+    highs = problem.by_budget(high + more for (_, high), more in zip(both, every, strict=True))
     return tuple((int(low), int(high)) for low, high in zip(lows, highs, strict=True))
 
 
 def nearest_limit(problem: Problem, k: int) -> int | None:
     """Return the least limit of budget ``k`` that can be met while the others stay as they are (None: no such limit)."""
     own = [r for r, row in enumerate(problem.rows) if row.budget == k]
-    if len(own) == 1:
+    if len(own) == 1 and not any(problem.borders):
         found = nearest_limits(problem.terms, problem.limits)[own[0]]
         return None if found is None else found + problem.rows[own[0]].cost.fixed
     values = [np.zeros(len(allowed)) for allowed in problem.choices.values()]
 
     def met(limit: int) -> bool:
         limits = [limit - row.cost.fixed if row.budget == k else problem.limits[r] for r, row in enumerate(problem.rows)]
-        return _try_allocate(values, problem.terms, limits) is not None
+        return _try_allocate(values, problem.terms, limits, problem.borders) is not None
 
     low, high = reachable(problem)[k]
     if not met(high):
@@ -177,7 +213,7 @@ def repair(policy: Policy, problem: Problem) -> Policy:
         for i, column in enumerate(site_terms):
             # A tie-break only: even the whole budget counts for less than the smallest distance (log2 8/7 = 0.19).
             values[i] = values[i] - 1e-4 * np.asarray(column, dtype=np.float64) / max(1, abs(limit)) / len(problem.terms)
-    return problem.policy(allocate(values, problem.terms, problem.limits))
+    return problem.policy(allocate(values, problem.terms, problem.limits, problem.borders))
 
 
 def shadow_prices(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[float, ...]:
@@ -194,12 +230,12 @@ def shadow_prices(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[
     columns = [np.asarray(column, dtype=np.float64) for column in values]
     _check_values(columns)
     kept = [[j for j, value in enumerate(column) if math.isfinite(value)] for column in columns]
-    rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
+    rows = _rows(kept, terms, limits, [()] * len(terms))
     matrix, bounds, units = _matrix(rows, kept), [], []
     for row, site_terms in zip(rows, terms, strict=True):
         scale = _scale(row)
         bounds.append(row.limit * scale)
-        units.append(scale / _divisor(kept, site_terms))
+        units.append(scale / _divisor(kept, site_terms, ()))
     equal, _ = _one_per_site(kept)
     with _silence():
         answer = linprog(_objective(columns, kept, 1.0), A_ub=matrix, b_ub=bounds, A_eq=equal, b_eq=np.ones(len(kept)), method="highs")
@@ -219,36 +255,52 @@ def _check_values(columns: Sequence[NDArray[np.float64]]) -> None:
             raise BudgetError(f"allocate: site {i} has no choice with a finite value; allow at least one")
 
 
-def _undominated(columns: Sequence[NDArray[np.float64]], terms: Terms) -> Kept:
-    """Drop forbidden choices and those that another choice of the site beats in value and in every cost (first index wins a tie)."""
-    return [_undominated_choices(column, [np.asarray(site_terms[i]) for site_terms in terms]) for i, column in enumerate(columns)]
+def _undominated(columns: Sequence[NDArray[np.float64]], terms: Terms, borders: Borders) -> Kept:
+    """Drop forbidden choices and those that another choice of the site beats in value and in every cost (first index wins a tie).
+
+    Where a site has borders only a choice of the same class beats another one.
+    """
+    classes: list[list[NDArray[np.int64]]] = [[] for _ in columns]
+    for border in itertools.chain(*borders):
+        for i, own in zip(border.sites, border.classes, strict=True):
+            classes[i].append(own)
+    costs = ([np.asarray(site_terms[i]) for site_terms in terms] for i in range(len(columns)))
+    return [_undominated_choices(*given) for given in zip(columns, costs, classes, strict=True)]
 
 
-def _undominated_choices(column: NDArray[np.float64], costs: Sequence[NDArray[Any]]) -> list[int]:
+def _undominated_choices(column: NDArray[np.float64], costs: Sequence[NDArray[Any]], classes: Sequence[NDArray[np.int64]]) -> list[int]:
     candidates = np.flatnonzero(np.isfinite(column))
-    axes = [axis[candidates] for axis in (column, *costs)]
-    no_worse = np.logical_and.reduce([axis[:, None] <= axis[None, :] for axis in axes]).astype(bool)
+    axes, alike = ([axis[candidates] for axis in group] for group in ((column, *costs), classes))
+    compared = [*(axis[:, None] <= axis[None, :] for axis in axes), *(axis[:, None] == axis[None, :] for axis in alike)]
+    no_worse = np.logical_and.reduce(compared).astype(bool)
     # One of two equal choices goes: the later.
     beats = no_worse & (~no_worse.T | np.triu(np.ones_like(no_worse), 1))
     return [int(j) for j in candidates[~beats.any(0)]]
 
 
-def _divisor(kept: Kept, site_terms: Sequence[Column]) -> int:
+def _divisor(kept: Kept, site_terms: Sequence[Column], borders: Sequence[Border]) -> int:
     lows = [min(int(site[j]) for j in keep) for site, keep in zip(site_terms, kept, strict=True)]
     extra = [int(site[j]) - low for site, keep, low in zip(site_terms, kept, lows, strict=True) for j in keep]
-    return math.gcd(*extra) or 1
+    return math.gcd(*extra, *(border.price for border in borders)) or 1
 
 
-def _row(kept: Kept, site_terms: Sequence[Column], limit: int) -> _Row:
+def _rows(kept: Kept, terms: Terms, limits: Sequence[int], borders: Borders) -> list[_Row]:
+    return [_row(kept, site_terms, int(limit), own) for site_terms, limit, own in zip(terms, limits, borders, strict=True)]
+
+
+def _row(kept: Kept, site_terms: Sequence[Column], limit: int, borders: Sequence[Border]) -> _Row:
     """Reduce a budget exactly: subtract what every choice costs anyway, divide by the common divisor, round the limit down."""
     lows = [min(int(site[j]) for j in keep) for site, keep in zip(site_terms, kept, strict=True)]
-    divisor = _divisor(kept, site_terms)
+    divisor = _divisor(kept, site_terms, borders)
     reduced = [[(int(site[j]) - low) // divisor for j in keep] for site, keep, low in zip(site_terms, kept, lows, strict=True)]
-    return _Row(reduced, (limit - sum(lows)) // divisor)
+    left = [
+        Border(b.sites, (b.classes[0][kept[b.sites[0]]], b.classes[1][kept[b.sites[1]]]), b.price // divisor) for b in borders if b.price
+    ]
+    return _Row(reduced, (limit - sum(lows)) // divisor, left)
 
 
 def _scale(row: _Row) -> float:
-    largest = max((max(site) for site in row.terms), default=0)
+    largest = max((*(max(site) for site in row.terms), *(border.price for border in row.borders)), default=0)
     return 2.0 ** -max(0, largest.bit_length() - TERM_BITS)
 
 
@@ -306,30 +358,55 @@ def _solve(columns: Sequence[NDArray[np.float64]], kept: Kept, rows: Sequence[_R
 
 
 def _excesses(rows: Sequence[_Row], chosen: Sequence[int]) -> list[int]:
-    return [max(0, total(row.terms, chosen) - row.limit) for row in rows]
+    return [max(0, total(row.terms, chosen, row.borders) - row.limit) for row in rows]
 
 
 def _milp(
     columns: Sequence[NDArray[np.float64]], kept: Kept, rows: Sequence[_Row], cuts: Sequence[tuple[int, ...]]
 ) -> tuple[int, ...] | None:
     from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415
+    from scipy.sparse import csr_matrix, hstack  # noqa: PLC0415
 
     equal, owner = _one_per_site(kept)
     starts = np.searchsorted(owner, np.arange(len(kept)))
+    prices, differences = _border_variables(rows, starts, len(owner))
+    extra = prices.shape[1]
     limits = [row.limit * _scale(row) for row in rows]
-    constraints = [LinearConstraint(equal, 1, 1), LinearConstraint(_matrix(rows, kept), -np.inf, limits)]
+    constraints = [
+        LinearConstraint(hstack([equal, csr_matrix((len(kept), extra))]), 1, 1),
+        LinearConstraint(np.hstack([_matrix(rows, kept), prices]), -np.inf, limits),
+    ]
+    if len(differences):
+        constraints.append(LinearConstraint(differences, -np.inf, 0))
     for cut in cuts:
-        picked = np.zeros(len(owner))
+        picked = np.zeros(len(owner) + extra)
         picked[starts + np.asarray(cut)] = 1
         constraints.append(LinearConstraint(picked[None], -np.inf, len(kept) - 1))
-    objective = _objective(columns, kept, SPREAD / (_spread(columns, kept) or 1.0))
+    objective = np.append(_objective(columns, kept, SPREAD / (_spread(columns, kept) or 1.0)), np.zeros(extra))
+    integral = np.append(np.ones(len(owner)), np.zeros(extra))
     with _silence():
-        answer = milp(objective, constraints=constraints, integrality=np.ones(len(owner)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
+        answer = milp(objective, constraints=constraints, integrality=integral, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
     if answer.status == 2:
         return None
     if answer.x is None:
         raise RuntimeError(f"allocation: HiGHS gave up: {answer.message}")
-    return tuple(int(np.argmax(part)) for part in np.split(answer.x, starts[1:]))
+    return tuple(int(np.argmax(part)) for part in np.split(answer.x[: len(owner)], starts[1:]))
+
+
+def _border_variables(rows: Sequence[_Row], starts: NDArray[np.int64], width: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what the variable of each border adds to each row, and x_left(class) - x_right(class) - border, which is at most 0."""
+    borders = [(r, border) for r, row in enumerate(rows) for border in row.borders]
+    prices = np.zeros((len(rows), len(borders)))
+    differences = []
+    for k, (r, border) in enumerate(borders):
+        prices[r, k] = border.price * _scale(rows[r])
+        for kind in np.union1d(*border.classes):
+            line = np.zeros(width + len(borders))
+            for sign, i, classes in zip((1, -1), border.sites, border.classes, strict=True):
+                line[starts[i] + np.flatnonzero(classes == kind)] = sign
+            line[width + k] = -1
+            differences.append(line)
+    return prices, np.asarray(differences)
 
 
 @contextmanager
@@ -370,12 +447,11 @@ def _distances(here: Bits, there: Sequence[Bits]) -> NDArray[np.float64]:
     return np.asarray([abs(math.log2(bits.w / here.w)) + abs(math.log2(bits.a / here.a)) for bits in there])
 
 
-def _try_allocate(values: Values, terms: Terms, limits: Sequence[int]) -> tuple[int, ...] | None:
+def _try_allocate(values: Values, terms: Terms, limits: Sequence[int], borders: Borders = ()) -> tuple[int, ...] | None:
     """Minimise integer ``values`` under the limits; None when the limits cannot be met."""
     kept = [list(range(len(column))) for column in values]
     columns = [np.asarray(column, dtype=np.float64) for column in values]
-    rows = [_row(kept, site_terms, int(limit)) for site_terms, limit in zip(terms, limits, strict=True)]
-    chosen = _solve(columns, kept, rows)
+    chosen = _solve(columns, kept, _rows(kept, terms, limits, borders or [()] * len(terms)))
     return None if chosen is None else tuple(kept[i][j] for i, j in enumerate(chosen))
 
 

@@ -1,7 +1,7 @@
 """Costs: what a choice of bits spends at a site, as exact integers; and budgets, which limit a cost.
 
-A cost is a sum of integer terms, one per site, plus a fixed part; or, like peak memory, the largest of several such sums. Averages
-and decimals are exact fractions, so no limit is crossed by rounding.
+A cost is a sum of integer terms, one per site, plus a fixed part; like latency, it may have terms of pairs of sites as well; or it is,
+like peak memory, the largest of several such sums. Averages and decimals are exact fractions, so no limit is crossed by rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +24,20 @@ BYTES: Mapping[str, int] = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB"
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two sites that cost ``price`` more where their bits are of different classes, which ``classes`` gives for each of the two."""
+
+    sites: tuple[str, str]
+    classes: tuple[Mapping[Bits, str], Mapping[Bits, str]]
+    price: int
+
+    def cost(self, policy: Mapping[str, Bits]) -> int:
+        """Return what a policy pays for it."""
+        left, right = (classes[policy[name]] for name, classes in zip(self.sites, self.classes, strict=True))
+        return self.price if left != right else 0
+
+
+@dataclass(frozen=True)
 class Cost(ABC):
     """An integer resource: call it as ``cost(site, bits)`` for the term of one site."""
 
@@ -37,6 +51,11 @@ class Cost(ABC):
         """What is spent whatever the policy says; part of every total."""
         return 0
 
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The pairs of sites that cost more where they differ in class; none where a cost is a sum over sites."""
+        return ()
+
     @abstractmethod
     def __call__(self, site: Site, bits: Bits) -> int:
         """Return the term of ``site`` at ``bits``."""
@@ -47,7 +66,7 @@ class Cost(ABC):
         return (self,)
 
     def total(self, sites: Iterable[Site], policy: Mapping[str, Bits]) -> int:
-        """Return the cost of a policy: the terms of all sites and the fixed part, of the largest of the rows.
+        """Return the cost of a policy: the terms of all sites, its pairs and the fixed part, of the largest of the rows.
 
         Raises:
             PolicyError: a site has no entry in the policy.
@@ -56,7 +75,8 @@ class Cost(ABC):
         for site in sites:
             if site.name not in policy:
                 raise PolicyError(f"policy: no entry for site '{site.name}'; give every site its bits")
-        return max(row.fixed + sum(row(site, policy[site.name]) for site in sites) for row in self.rows)
+        sums = (sum(row(site, policy[site.name]) for site in sites) + sum(pair.cost(policy) for pair in row.pairs) for row in self.rows)
+        return max(row.fixed + total for row, total in zip(self.rows, sums, strict=True))
 
     def in_float(self, sites: Iterable[Site]) -> int:
         """Return what the network costs in float32, the fixed part left out: the whole of a budget in percent."""

@@ -16,7 +16,7 @@ from bitwright.errors import ExportError, TargetError
 from bitwright.exporters import Verification, get, verify
 from bitwright.job import Job
 from bitwright.latency import FILE as LATENCY
-from bitwright.latency import SECONDS, TURNS, measure_table
+from bitwright.latency import SECONDS, TURNS, fingerprint, measure_table
 from bitwright.latency import Table as LatencyTable
 from bitwright.policy import Policy
 from bitwright.problem import build_choices
@@ -155,7 +155,10 @@ def describe_errors(errors: list[float]) -> str:
 
 
 def measured_latency(job: Job) -> dict[str, Any]:
-    """Return what a run's policy is predicted to take beside what it takes; nothing where there is no table or no runtime."""
+    """Return what a run's policy is predicted to take beside what it takes; nothing where there is no table or no runtime.
+
+    ``machine`` is the one that measures now, and ``table`` says where the prediction is from.
+    """
     if job.target is None or job.target.latency is None or not job.has_latency or not job.latency.covers(job.policy):
         return {}
     from bitwright.timing import Stopwatch  # noqa: PLC0415  (needs the extras of the runtimes)
@@ -163,12 +166,16 @@ def measured_latency(job: Job) -> dict[str, Any]:
     stopwatch = Stopwatch(job.untrained, job.trace, job.data.example(2), job.target)
     (timing,) = stopwatch.time([job.policy], SECONDS, TURNS)
     facts = {
+        "target": job.latency.target,
+        "machine": fingerprint(job.target.latency),
+        "table": {"machine": dict(job.latency.machine), "elsewhere": job.latency.elsewhere()},
         "predicted_ns": job.latency.predict(job.policy),
         "measured_ns": timing.typical,
         "fastest_ns": timing.low,
         "median_ns": timing.high,
+        "n": timing.runs,
     }
-    return {"latency": {**facts, "n": timing.runs, "target": job.latency.target, "machine": dict(job.latency.machine)}}
+    return {"latency": facts}
 
 
 # ---- flags, and what they change

@@ -186,7 +186,10 @@ class Job:
 
     @cached_property
     def latency(self) -> latency.Table:
-        """The latency table: the recipe's, or the one in the run directory; raises `BudgetError` where there is none."""
+        """The latency table: the recipe's, or the one in the run directory; raises `BudgetError` where there is none.
+
+        One that was measured on another machine may be meant for that one; the log says so.
+        """
         file = self.run.path / latency.FILE if self.recipe.latency is None else Path(self.recipe.latency)
         table = latency.Table.load(file)
         if self.target is not None and table.target != latency.named(self.target):
@@ -194,6 +197,9 @@ class Job:
                 f"latency: {file} is of {table.target}, and the recipe's target is {latency.named(self.target)}; measure again"
             )
         table.check(self.trace.sites)
+        elsewhere = table.elsewhere()
+        if elsewhere is not None:
+            self.log("latency", {"status": f"! {elsewhere}"})
         return table
 
     @property
@@ -336,7 +342,10 @@ class Job:
         """Return the sites, their choices and the budgets as JSON-able data: the content of sites.json."""
         sites = [{**asdict(site), "choices": [list(bits) for bits in self.choices[site.name]]} for site in self.trace.sites]
         budgets = [{"text": b.text, "cost": b.cost.name, "unit": b.cost.unit, "limit": b.limit} for b in self.budgets]
-        return {"sites": sites, "skipped": list(self.trace.skipped), "parameters": self.trace.parameters, "budgets": budgets}
+        facts = {"sites": sites, "skipped": list(self.trace.skipped), "parameters": self.trace.parameters, "budgets": budgets}
+        if all(budget.cost.name != latency.Table.name for budget in self.budgets):
+            return facts
+        return {**facts, "latency": {"machine": dict(self.latency.machine), "elsewhere": self.latency.elsewhere()}}
 
 
 def _forget_unbegun(path: Path) -> None:

@@ -7,12 +7,14 @@ time of its own and fused operations cost none. Whole networks are timed instead
 
 is fitted by non-negative least squares, where a class c is what the target runs a pair of widths as (``int8``, ``bf16``, …), and b is
 what a border between two sites that run one after the other costs. Terms are drawn towards a share of the uniform networks' times in
-proportion to multiply-accumulates. As a cost, which is a sum over sites, a table counts the borders that the timed policies have on
-average. How well whole networks are predicted is judged on policies that nothing was fitted on, and kept in the table.
+proportion to multiply-accumulates. As a cost, a table is this prediction: a budget counts the borders that each policy has. How well
+whole networks are predicted is judged on policies that nothing was fitted on, and kept in the table.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
-from bitwright.costs import Cost
+from bitwright.costs import Cost, Pair
 from bitwright.errors import BudgetError, TargetError
 from bitwright.policy import Bits, Policy
 from bitwright.runs import versions, write_text_atomic
@@ -46,6 +48,10 @@ SHRINKAGE = 0.3
 """Standard deviation of a term about its prior, as a share of the prior, where measurements are exact to `NOISE`."""
 NOISE = 0.02
 """Standard deviation of a measurement, as a share of it."""
+COMPARED = ("processor", "features", "runtime")
+"""What two machines have in common if a table of one holds for the other."""
+RUNTIMES = ("openvino", "onnxruntime")
+"""What measures latencies."""
 Floats = NDArray[np.float64]
 Classes = Mapping[str, Mapping[Bits, str]]
 """By site, what the target runs each pair of widths as."""
@@ -84,7 +90,6 @@ class Table(Cost):
         fitted: the timings that the terms are fitted on.
         judged: timings beside predictions of policies that nothing was fitted on.
         border: nanoseconds of a change of class between two sites that run one after the other.
-        borders: how many changes a budget counts: those of the timed policies on average.
     """
 
     name: ClassVar[str] = "latency"
@@ -100,12 +105,17 @@ class Table(Cost):
     fitted: tuple[Timing, ...] = field(default=(), hash=False)
     judged: tuple[Timing, ...] = field(default=(), hash=False)
     border: int = 0
-    borders: int = 0
 
     @property
     def fixed(self) -> int:
-        """What is spent whatever the policy says, an average number of borders included."""
-        return self.base + self.border * self.borders
+        """What is spent whatever the policy says."""
+        return self.base
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The sites that run one after the other, and what a border between them costs."""
+        neighbours = itertools.pairwise(self.classes.items())
+        return tuple(Pair((a, b), (left, right), self.border) for (a, left), (b, right) in neighbours)
 
     def __call__(self, site: Site, bits: Bits) -> int:
         """Return the nanoseconds of a site at a pair of widths."""
@@ -120,7 +130,7 @@ class Table(Cost):
         return self.terms[site.name][self.classes[site.name][bits]]
 
     def in_float(self, sites: Sequence[Site]) -> int:  # type: ignore[override]
-        """Return the slowest that the network can be: the whole of a budget in percent."""
+        """Return the time with every site at its slowest, borders left out: the whole of a budget in percent."""
         return self.fixed + sum(max(self.terms[site.name].values()) for site in sites)
 
     def check(self, sites: Sequence[Site]) -> None:
@@ -130,6 +140,15 @@ class Table(Cost):
                 found = f"{self.macs[site.name]:,}" if site.name in self.macs else "no"
                 ask = "it is of another network or input size; measure again"
                 raise BudgetError(f"latency: the table has {found} MACs for site '{site.name}', which has {site.macs:,} here; {ask}")
+
+    def elsewhere(self) -> str | None:
+        """Return a sentence that names both machines where the table's is not this one, by processor, features or runtime; else None."""
+        runtime = str(self.machine.get("runtime", "")).partition(" ")[0]
+        here = fingerprint(runtime)
+        if all(self.machine.get(part) == here[part] for part in COMPARED):
+            return None
+        machines = f"another machine ({_machine_text(self.machine)}) than this one ({_machine_text(here)})"
+        return f"The latency table was measured on {machines}: its predictions, and budgets on latency, hold for that one."
 
     def covers(self, policy: Mapping[str, Bits]) -> bool:
         """Return whether all of a policy's widths were measured."""
@@ -156,7 +175,7 @@ class Table(Cost):
         judged = {"median_error": float(np.median(errors)), "worst_error": max(errors), "policies": len(errors)} if errors else None
         terms = {name: dict(known) for name, known in self.terms.items()}
         timings = {"fitted": [t.to_dict() for t in self.fitted], "judged": [t.to_dict() for t in self.judged]}
-        facts |= {"base": self.base, "border": self.border, "borders": self.borders, "macs": dict(self.macs)}
+        facts |= {"base": self.base, "border": self.border, "macs": dict(self.macs)}
         return {**facts, "terms": terms, "classes": classes, "prediction": judged, **timings}
 
     def save(self, path: str | Path) -> None:
@@ -175,9 +194,9 @@ class Table(Cost):
             }
             terms = {name: {str(kind): int(ns) for kind, ns in known.items()} for name, known in data["terms"].items()}
             fitted, judged = (tuple(_timing(entry) for entry in data[part]) for part in ("fitted", "judged"))
-            borders = int(data["border"]), int(data["borders"])
+            base, border = int(data["base"]), int(data["border"])
             macs = {str(name): int(count) for name, count in data["macs"].items()}
-            return cls(str(data["target"]), dict(data["machine"]), int(data["base"]), terms, classes, macs, fitted, judged, *borders)
+            return cls(str(data["target"]), dict(data["machine"]), base, terms, classes, macs, fitted, judged, border)
         except OSError as error:
             ask = "measure one: bitwright profile --target NAME --measure"
             raise BudgetError(f"latency: no table in {path} ({error.strerror}); {ask}") from None
@@ -202,9 +221,19 @@ def fingerprint(runtime: str) -> dict[str, Any]:
     known = {key.strip(): value.strip() for key, value in lines.items()}
     wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     features = [flag for flag in wanted if flag in known.get("flags", "").split()]
-    library = __import__(runtime)
     facts = {"processor": known.get("model name", platform.processor()), "features": features, "cores": os.cpu_count(), "threads": 1}
-    return {**facts, "system": platform.system(), "runtime": f"{runtime} {library.__version__}", "versions": versions()}
+    return {**facts, "system": platform.system(), "runtime": f"{runtime} {_version(runtime)}", "versions": versions()}
+
+
+def _version(runtime: str) -> str:
+    if runtime not in RUNTIMES or importlib.util.find_spec(runtime) is None:
+        return "not installed"
+    return str(importlib.import_module(runtime).__version__)
+
+
+def _machine_text(machine: Mapping[str, Any]) -> str:
+    features = " ".join(machine.get("features") or ()) or "no known features"
+    return f"{machine.get('processor') or 'unknown processor'}, {features}, {machine.get('runtime') or 'unknown runtime'}"
 
 
 # ---- measuring
@@ -255,9 +284,8 @@ def measure_table(
     timings = stopwatch.time(drawn, SECONDS, TURNS, log)
     fitted, held = timings[: len(timings) - judged], timings[len(timings) - judged :]
     base, border, terms = fit(trace.sites, classes, fitted)
-    usual = round(sum(count_borders(classes, timing.policy) for timing in fitted) / len(fitted))
     macs = {site.name: site.macs for site in trace.sites}
-    return Table(named(target), fingerprint(target.latency), base, terms, classes, macs, tuple(fitted), tuple(held), border, usual)
+    return Table(named(target), fingerprint(target.latency), base, terms, classes, macs, tuple(fitted), tuple(held), border)
 
 
 def named(target: Target) -> str:
@@ -289,7 +317,7 @@ def random_policy(classes: Mapping[str, Mapping[Bits, str]], rng: np.random.Gene
 
 def count_borders(classes: Classes, policy: Mapping[str, Bits]) -> int:
     """Return how often the class changes from one site to the next."""
-    kinds = [classes[name][bits] for name, bits in policy.items()]
+    kinds = [known[policy[name]] for name, known in classes.items()]
     return sum(a != b for a, b in itertools.pairwise(kinds))
 
 

@@ -7,12 +7,13 @@ What counts, and what does not:
 - A call that works element by element on a tensor nothing reads later (BatchNorm, ReLU, a residual addition, …) writes over it, in
   place, whether or not the code says so. Where it has that tensor alone it is part of the step before, as in every engine that fuses
   them: the convolution writes what ReLU would.
-- Views (``flatten``, ``transpose``, a slice, …) are the tensor that they look at, which is held whole.
+- Views (``flatten``, ``transpose``, a slice, …) are the tensor that they look at, which is held whole. What brings values into another
+  order and is no view (``reshape`` after ``transpose``: a channel shuffle) copies them, a step that holds both.
 - What a fused call makes inside (`nn.MultiheadAttention`, ``F.scaled_dot_product_attention``) is not seen: its inputs and output are.
 
 A tensor is held at the width of the sites that read it, the widest where there are several; one that anything else reads (an addition,
 a concatenation, average pooling, the caller) is held at the width of a fixed *point* at least; one that a skipped layer reads, in
-float32. Max-pooling keeps codes as they are, so what only it reads has the width of what it gives.
+float32. Max-pooling and copies keep codes as they are, so what only they read has the width of what they give.
 """
 
 from __future__ import annotations
@@ -26,25 +27,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 FLOAT = 32
-_MOVING = """
-contiguous clone detach to float half bfloat16 type_as reshape flatten permute transpose movedim view unflatten
-dropout dropout1d dropout2d alpha_dropout feature_dropout
-"""
+_KEEPING = "clone detach to float half bfloat16 type_as dropout dropout1d dropout2d alpha_dropout feature_dropout"
+_REORDERING = "contiguous reshape flatten permute transpose movedim view unflatten channel_shuffle"
 _COMPUTING = """
 relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu mish sigmoid sigmoid_ tanh tanh_ gelu elu selu celu softplus prelu
 leaky_relu leaky_relu_ threshold clamp clamp_ clip batch_norm instance_norm group_norm layer_norm rms_norm softmax log_softmax
-neg abs exp log sqrt rsqrt square pow __pow__ reciprocal masked_fill masked_fill_ round floor ceil sign channel_shuffle
+neg abs exp log sqrt rsqrt square pow __pow__ reciprocal masked_fill masked_fill_ round floor ceil sign
 add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub mul mul_ __mul__ __rmul__ __imul__
 div div_ true_divide __truediv__ __itruediv__ __rtruediv__ maximum minimum where addcmul addcdiv lerp __setitem__ copy_
 """
 _SELECTING = "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
 
-MOVING = frozenset(_MOVING.split())
-"""Calls that give the values they read, at another place where they are no views."""
-POINTWISE = MOVING | frozenset(_COMPUTING.split())
+KEEPING = frozenset(_KEEPING.split())
+"""Calls that give the values they read in the same order, at another place where they are no views."""
+POINTWISE = KEEPING | frozenset(_COMPUTING.split())
 """Calls whose result can be written over what they read, element by element or row by row."""
-SELECTING = frozenset(_SELECTING.split())
-"""Calls that pass on some of the values they read, unchanged."""
+PASSING = frozenset([*_SELECTING.split(), *_REORDERING.split()])
+"""Calls that pass on values they read, unchanged: some of them, or, where they are no views, all in another order."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class _Value:
     readers: list[int] = field(default_factory=list)
     sites: dict[str, None] = field(default_factory=dict)
     point: bool = False
-    through: list[_Value] = field(default_factory=list)  # read by max-pooling into these
+    through: list[_Value] = field(default_factory=list)  # passed on, unchanged, into these
     merged: _Value | None = None  # written over at once by this one
 
     @property
@@ -102,7 +101,7 @@ class _Value:
 @dataclass
 class _Event:
     name: str
-    kind: str  # "point", "pointwise" or "selecting"
+    kind: str  # "point", "pointwise" or "passing"
     read: list[_Value]
     made: list[_Value]
     sites: dict[int, list[str]]  # readers of each value, by its id
@@ -134,13 +133,13 @@ class Tape:
             return  # reads a shape, or a number
         name = str(getattr(func, "__name__", func))
         before = {_storage(x): self._value(x) for x in inputs}
-        in_place = name in POINTWISE and name not in MOVING
+        in_place = name in POINTWISE and name not in KEEPING
         fresh = {_storage(x): x for x in outputs if _storage(x) not in before or in_place}
         if not fresh:
             return  # a view
         for storage, tensor in fresh.items():
             self._of_storage[storage] = self._new(tensor)
-        kind = "pointwise" if name in POINTWISE else "selecting" if name in SELECTING else "point"
+        kind = "pointwise" if name in POINTWISE else "passing" if name in PASSING else "point"
         by_value: dict[int, list[str]] = {}
         for site, tensor in sites:
             if _storage(tensor) in before:
@@ -192,7 +191,7 @@ class Tape:
                 value.least = FLOAT
             if over is value and len(event.read) == 1 and value.readers == [step]:
                 value.merged = event.made[0]
-            elif event.kind == "selecting":
+            elif event.kind == "passing":
                 value.through += event.made
             elif not sites and id(value) not in event.floats:
                 value.point = True
@@ -224,7 +223,7 @@ def _final(value: _Value) -> _Value:
 
 
 def _held(value: _Value) -> Held:
-    """Return a value with all that reads it, through max-pooling too."""
+    """Return a value with all that reads it, through what passes it on too."""
     sites, point, least, todo = dict(value.sites), value.point, value.least, list(value.through)
     while todo:
         reader = _final(todo.pop())

@@ -27,7 +27,7 @@ class Notches:
         site: position of the site among the problem's.
         source: position of the choice that the step leaves, among the site's.
         target: position of the choice that it reaches.
-        cost: what it adds to each budget, ``[budget, step]``.
+        cost: what it adds to each budget, ``[budget, step]``, borders left out (`added`).
         down: whether it narrows.
         kind: which widths it changes: 0 weights, 1 activations, 2 both; 3 more when it widens.
         widest: per site, the position of its widest useful choice (by the product of the widths).
@@ -40,6 +40,18 @@ class Notches:
     down: Bools
     kind: Ints
     widest: tuple[int, ...]
+
+    def added(self, problem: Problem, index: Sequence[int], steps: Ints) -> Ints:
+        """Return what some steps add to each budget, ``[budget, step]``, at the policy where they are taken: with its borders."""
+        if not any(problem.borders):
+            return self.cost[:, steps]
+        here = np.asarray(problem.totals(index), dtype=np.int64)
+        reached = np.empty((len(here), len(steps)), dtype=np.int64)
+        for k, step in enumerate(steps):
+            after = list(index)
+            after[int(self.site[step])] = int(self.target[step])
+            reached[:, k] = problem.totals(after)
+        return reached - here[:, None]
 
 
 def notches(problem: Problem) -> Notches:

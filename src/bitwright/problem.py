@@ -20,7 +20,7 @@ from bitwright.errors import BitwrightError, BudgetError, PolicyError, SiteError
 from bitwright.policy import Bits, Policy, check_bits
 
 if TYPE_CHECKING:
-    from bitwright.costs import Budget, Cost
+    from bitwright.costs import Budget, Cost, Pair
     from bitwright.data import Split
     from bitwright.sites import Site, Trace
 
@@ -165,8 +165,21 @@ class Problem:
 
     @cached_property
     def terms(self) -> tuple[tuple[NDArray[np.int64], ...], ...]:
-        """The integer cost of every choice: ``terms[row][site][choice]``, in the order of ``choices``; see `rows`."""
+        """The integer cost of every choice: ``terms[row][site][choice]``, in the order of ``choices``; see `rows` and `borders`."""
         return tuple(cost_matrix(row.cost, self.sites, self.choices) for row in self.rows)
+
+    @cached_property
+    def borders(self) -> tuple[tuple[allocation.Border, ...], ...]:
+        """What each row costs besides, where neighbours differ in class; see `bitwright.costs.Pair`."""
+        return tuple(tuple(self._border(pair) for pair in row.cost.pairs) for row in self.rows)
+
+    def _border(self, pair: Pair) -> allocation.Border:
+        names, kinds = list(self.choices), sorted({kind for classes in pair.classes for kind in classes.values()})
+        left, right = (
+            np.asarray([kinds.index(classes[bits]) for bits in self.choices[name]], dtype=np.int64)
+            for name, classes in zip(pair.sites, pair.classes, strict=True)
+        )
+        return allocation.Border((names.index(pair.sites[0]), names.index(pair.sites[1])), (left, right), pair.price)
 
     @cached_property
     def limits(self) -> tuple[int, ...]:
@@ -174,7 +187,7 @@ class Problem:
         return tuple(self.budgets[row.budget].limit - row.cost.fixed for row in self.rows)
 
     def by_budget(self, totals: Iterable[float]) -> list[float]:
-        """Return the largest of the rows of each budget, from what the terms of every row sum to; fixed parts are added."""
+        """Return the largest of the rows of each budget, from what every row sums to (`totals`); fixed parts are added."""
         largest = [-math.inf] * len(self.budgets)
         for row, amount in zip(self.rows, totals, strict=True):
             largest[row.budget] = max(largest[row.budget], amount + row.cost.fixed)
@@ -204,17 +217,23 @@ class Problem:
         """Return the policy of one choice position per site: the inverse of `index`."""
         return Policy((name, allowed[j]) for (name, allowed), j in zip(self.choices.items(), index, strict=True))
 
+    def totals(self, index: Sequence[int]) -> tuple[int, ...]:
+        """Return what every row sums to at one choice position per site: its terms and borders, to be held against `limits`."""
+        return tuple(allocation.total(terms, index, borders) for terms, borders in zip(self.terms, self.borders, strict=True))
+
     def costs(self, policy: Mapping[str, Bits]) -> tuple[int, ...]:
         """Return what a policy costs, per budget and in the cost's unit, its fixed part included."""
-        index = self.index(policy)
-        return tuple(int(cost) for cost in self.by_budget(allocation.total(terms, index) for terms in self.terms))
+        return tuple(int(cost) for cost in self.by_budget(self.totals(self.index(policy))))
 
     def feasible(self, policy: Mapping[str, Bits]) -> bool:
         """Say whether a policy keeps every budget, in exact integers."""
         return all(cost <= budget.limit for cost, budget in zip(self.costs(policy), self.budgets, strict=True))
 
     def cheapest(self) -> Policy:
-        """Return the policy of the smallest choice of every site: least cost, summed over budgets as shares of their limits."""
+        """Return the policy of the smallest choice of every site: least cost, summed over budgets as shares of their limits.
+
+        Borders are not looked at; see `bitwright.allocation.repair`.
+        """
         shares = [t / max(1, abs(limit)) for site_terms, limit in zip(self.terms, self.limits, strict=True) for t in [_padded(site_terms)]]
         if not shares:
             return self.policy([0] * len(self.choices))
@@ -280,13 +299,17 @@ class Problem:
         ranges = allocation.reachable(self)
         for budget, (low, high) in zip(self.budgets, ranges, strict=True):
             if budget.limit < low:
-                raise BudgetError(
-                    f"budget '{budget.text}' cannot be met: its limit is {self._shown(budget, budget.limit)} and the choices reach "
-                    f"{self._shown(budget, low)} to {self._shown(budget, high)}; the nearest feasible limit is {self._shown(budget, low)}"
-                )
+                raise BudgetError(self._unmet_text(budget, low, high))
         nearest_limits = [allocation.nearest_limit(self, k) for k in range(len(self.budgets))]
+        if len(self.budgets) == 1 and nearest_limits[0] is not None and nearest_limits[0] > self.budgets[0].limit:
+            raise BudgetError(self._unmet_text(self.budgets[0], nearest_limits[0], ranges[0][1]))
         if any(found is None or found > budget.limit for found, budget in zip(nearest_limits, self.budgets, strict=True)):
             raise BudgetError(self._joint_text(ranges, nearest_limits))
+
+    def _unmet_text(self, budget: Budget, low: int, high: int) -> str:
+        shown, reached = self._shown(budget, budget.limit), f"{self._shown(budget, low)} to {self._shown(budget, high)}"
+        nearest_limit = f"the nearest feasible limit is {self._shown(budget, low)}"
+        return f"budget '{budget.text}' cannot be met: its limit is {shown} and the choices reach {reached}; {nearest_limit}"
 
     def _shown(self, budget: Budget, total: int) -> str:
         return f"{budget.cost.show(total, self.sites)} ({total} {budget.cost.unit})"

@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bitwright.allocation import allocate
+from bitwright.allocation import Border, allocate
 from bitwright.costs import Cost
 from bitwright.errors import BudgetError, SiteError
 from bitwright.policy import Bits, Policy
@@ -96,6 +97,7 @@ class Decisions:
         self.free = [r for r, row in enumerate(self.rows) if len(row.widths) > 1]
         self.of_site = {name: [r for r, row in enumerate(self.rows) if name in row.sites] for name in problem.choices}
         self.tables = [self._table(row.cost) for row in problem.rows]
+        self.borders = [_Borders.of(self, borders) for borders in problem.borders]
         self.limits = [float(max(1, limit)) for limit in problem.limits]
         places = [self.of_site[site.name] for site in problem.sites]
         self.weight_rows, self.input_rows = (torch.tensor([place[j] for place in places]) for j in (0, 1))
@@ -114,15 +116,16 @@ class Decisions:
         """Return the expected cost of each budget over its limit, differentiable; of a peak, that of each of its rows.
 
         Args:
-            probabilities: ``[row, candidate]``; weights and inputs are drawn independently.
+            probabilities: ``[row, candidate]``; weights and inputs are drawn independently, and so are sites where they have a border.
 
         Returns:
             float64 ``[budget]``, or more where a budget has several rows (`bitwright.problem.Problem.rows`).
         """
         p = probabilities.double()
         left, right = p[self.weight_rows], p[self.input_rows]
-        totals = [torch.einsum("sij,si,sj->", table, left, right) / limit for table, limit in zip(self.tables, self.limits, strict=True)]
-        return torch.stack(totals)
+        terms = [torch.einsum("sij,si,sj->", table, left, right) for table in self.tables]
+        totals = [own if borders is None else own + borders.expected(left, right) for own, borders in zip(terms, self.borders, strict=True)]
+        return torch.stack([total / limit for total, limit in zip(totals, self.limits, strict=True)])
 
     def expected_spending(self, probabilities: Tensor) -> tuple[float, ...]:
         """Return the expected cost of each budget in its own unit, fixed parts included; of a peak, its largest row."""
@@ -153,11 +156,11 @@ class Decisions:
             fits = [bool(allowed[weights, i] & allowed[inputs, j]) for i, j in pairs]
             columns.append([v if ok else float("inf") for v, ok in zip(value, fits, strict=True)])
             for k, row in enumerate(self.problem.rows):
-                sites = [self._site(name) for name in self.rows[weights].sites]
-                bits = [Bits(self.rows[weights].widths[i], self.rows[inputs].widths[j]) for i, j in pairs]
+                sites, bits = [self._site(name) for name in self.rows[weights].sites], self._bits(weights, inputs)
                 terms[k].append(np.array([sum(row.cost(site, b) for site in sites) for b in bits], dtype=np.int64))
+        borders = [self._between(groups, own, terms[k]) for k, own in enumerate(self.problem.borders)]
         try:
-            chosen = allocate([np.array(column) for column in columns], terms, self.problem.limits)
+            chosen = allocate([np.array(column) for column in columns], terms, self.problem.limits, borders)
         except BudgetError:
             return None
         index = [0] * len(self.rows)
@@ -165,11 +168,60 @@ class Decisions:
             index[weights], index[inputs] = self._pairs(weights, inputs)[place]
         return self.policy(index)
 
+    def _between(self, groups: Sequence[tuple[int, ...]], borders: Sequence[Border], terms: list[NDArray[np.int64]]) -> list[Border]:
+        """Return borders between sites as borders between groups; one within a group is added to its terms."""
+        names, found = list(self.problem.choices), []
+        for border in borders:
+            group, classes = [], []
+            for i, own in zip(border.sites, border.classes, strict=True):
+                places = tuple(self.of_site[names[i]])
+                group.append(groups.index(places))
+                classes.append(own[[self.problem.choices[names[i]].index(bits) for bits in self._bits(*places)]])
+            if group[0] == group[1]:
+                terms[group[0]] += border.price * (classes[0] != classes[1])
+            else:
+                found.append(Border((group[0], group[1]), (classes[0], classes[1]), border.price))
+        return found
+
     def _pairs(self, weights: int, inputs: int) -> list[tuple[int, int]]:
         return [(i, j) for i in range(len(self.rows[weights].widths)) for j in range(len(self.rows[inputs].widths))]
 
+    def _bits(self, weights: int, inputs: int) -> list[Bits]:
+        return [Bits(self.rows[weights].widths[i], self.rows[inputs].widths[j]) for i, j in self._pairs(weights, inputs)]
+
     def _site(self, name: str) -> Site:
         return self.problem.trace[name]
+
+
+@dataclass(frozen=True)
+class _Borders:
+    """The borders of one row of a problem as tensors: what is of which class, ``[end, border, weight width, input width, class]``."""
+
+    sites: Tensor
+    classes: Tensor
+    prices: Tensor
+
+    @classmethod
+    def of(cls, decisions: Decisions, borders: Sequence[Border]) -> _Borders | None:
+        """Return the tensors of some borders; None where there are none."""
+        if not borders:
+            return None
+        names = list(decisions.problem.choices)
+        kinds = 1 + max(int(own.max()) for border in borders for own in border.classes)
+        classes = torch.zeros(2, len(borders), decisions.widest, decisions.widest, kinds, dtype=torch.float64)
+        for k, border in enumerate(borders):
+            for end, (i, own) in enumerate(zip(border.sites, border.classes, strict=True)):
+                weights, inputs = (decisions.rows[r].widths for r in decisions.of_site[names[i]])
+                for bits, kind in zip(decisions.problem.choices[names[i]], own, strict=True):
+                    classes[end, k, weights.index(bits.w), inputs.index(bits.a), int(kind)] = 1
+        sites = torch.tensor([border.sites for border in borders]).T
+        return cls(sites, classes, torch.tensor([border.price for border in borders], dtype=torch.float64))
+
+    def expected(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the expected cost, from the probabilities of weight and input widths ``[site, width]``."""
+        one, other = torch.einsum("ebijk,ebi,ebj->ebk", self.classes, left[self.sites], right[self.sites])
+        differing: Tensor = 1 - (one * other).sum(1)
+        return (self.prices * differing).sum()
 
 
 def losses_of_gains(gains: Tensor, draws: Tensor, errors: Tensor, decisions: Decisions) -> Tensor:

@@ -154,7 +154,7 @@ class Sensitivity:
 
 def solve(problem: Problem, scores: Mapping[str, Tensor]) -> Policy:
     """Return the policy of least total score within the problem's budgets."""
-    return problem.policy(allocate([scores[name].numpy() for name in problem.choices], problem.terms, problem.limits))
+    return problem.policy(allocate([scores[name].numpy() for name in problem.choices], problem.terms, problem.limits, problem.borders))
 
 
 def fingerprint(problem: Problem, method: ScoredMethod | None) -> dict[str, Any]:

@@ -45,6 +45,16 @@ def test_wildcards_in_names_are_escaped():
     assert understand(text, "modelopt", subject) == policy
 
 
+def test_an_unknown_algorithm_is_refused():
+    _, subject = perceptron()
+    policy = policy_of(subject, *[(8, 8)] * 4)
+    assert json.loads(translate(policy, "modelopt", subject, algorithm="mse"))["algorithm"] == "mse"
+    with pytest.raises(PolicyError, match="modelopt has no algorithm 'nonsense'; known: max, mse, smoothquant, awq_lite"):
+        translate(policy, "modelopt", subject, algorithm="nonsense")
+    with pytest.raises(PolicyError, match=r"modelopt has no algorithm 'awq-lite'; did you mean 'awq_lite'\?"):
+        translate(policy, "modelopt", subject, algorithm="awq-lite")
+
+
 def test_a_transposed_convolution_has_its_channels_on_the_other_axis():
     subject = Subject(trace(nn.Sequential(nn.ConvTranspose2d(2, 3, 2)), torch.zeros(1, 2, 4, 4)).sites)
     (_, entry, _) = json.loads(translate(policy_of(subject, (4, 8)), "modelopt", subject))["quant_cfg"]

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from translated import convolutional, onnx_graph, policy_of
+from translated import convolutional, onnx_graph, policy_of, upsampling, upsampling_graph
 
 from bitwright.errors import PolicyError
 from bitwright.policy import Bits
@@ -23,11 +23,33 @@ def test_a_policy_comes_back(graph):
     _, subject = convolutional()
     policy = policy_of(subject, *PAIRS)
     text = translate(policy, "onnxruntime-overrides", subject, graph=graph)
-    assert json.loads(text)["nodes_to_exclude"] == ["layer_0"]
+    data = json.loads(text)
+    assert data["nodes_to_exclude"] == ["layer_0"]
+    assert data["op_types_to_quantize"] == ["Conv", "Gemm"]
     assert understand(text, "onnxruntime-overrides", subject, graph=graph) == policy
+    with pytest.raises(PolicyError, match=r"overrides 'fc.weight', which no layer of a site reads"):  # a Gemm is left in float
+        understand(json.dumps({**data, "op_types_to_quantize": ["Conv"]}), "onnxruntime-overrides", subject, graph=graph)
+    del data["op_types_to_quantize"]  # as files of earlier versions
+    assert understand(json.dumps(data), "onnxruntime-overrides", subject, graph=graph) == policy
 
 
-def test_onnxruntime_applies_the_file(graph, tmp_path):
+def test_a_layer_that_is_left_out_in_part_is_refused(graph, tmp_path):
+    import onnx
+
+    model = onnx.load(graph)
+    again = onnx.helper.make_node("Conv", ["x", "conv1.weight", "conv1.bias"], ["again"], name="conv1_again", pads=[1] * 4)
+    model.graph.node.append(again)
+    onnx.save(model, tmp_path / "twice.onnx")
+    _, subject = convolutional()
+    text = translate(policy_of(subject, *PAIRS), "onnxruntime-overrides", subject, graph=str(tmp_path / "twice.onnx"))
+    data = json.loads(text)
+    data["nodes_to_exclude"].append("conv1_again")
+    with pytest.raises(PolicyError, match="leaves out some nodes of 'conv1', and a policy all or none"):
+        understand(json.dumps(data), "onnxruntime-overrides", subject, graph=str(tmp_path / "twice.onnx"))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_onnxruntime_applies_the_file(graph, tmp_path, transposed):
     ort = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is not installed")
     import onnx
 
@@ -38,8 +60,10 @@ def test_onnxruntime_applies_the_file(graph, tmp_path):
         def get_next(self):
             return self.left.pop() if self.left else None
 
-    _, subject = convolutional()
-    policy = policy_of(subject, *PAIRS)
+    _, subject = upsampling() if transposed else convolutional()
+    graph = upsampling_graph(tmp_path / "up.onnx") if transposed else graph
+    nodes = {"conv": "conv", "up": "up_1"} if transposed else {"conv1": "conv1", "layer.0": "layer_0", "fc": "fc"}
+    policy = policy_of(subject, *([(8, 8), (4, 8)] if transposed else PAIRS))
     data = json.loads(translate(policy, "onnxruntime-overrides", subject, graph=graph))
     overrides = {
         tensor: [{**entry, "quant_type": ort.QuantType.from_string(entry["quant_type"])} for entry in entries]
@@ -50,11 +74,11 @@ def test_onnxruntime_applies_the_file(graph, tmp_path):
         graph,
         out,
         Reader(),
-        op_types_to_quantize=["Conv", "Gemm"],
+        op_types_to_quantize=data["op_types_to_quantize"],
         nodes_to_exclude=data["nodes_to_exclude"],
         extra_options={"TensorQuantOverrides": overrides},
     )
-    assert applied(onnx.load(out), {"conv1": "conv1", "layer.0": "layer_0", "fc": "fc"}) == dict(policy)
+    assert applied(onnx.load(out), nodes) == dict(policy)
 
 
 def applied(model, nodes):

@@ -85,6 +85,64 @@ def test_what_a_format_cannot_say_names_the_sites(name, bits, reason):
     assert "'layer.0' at" in str(caught.value)
 
 
+class Attentive(nn.Module):
+    """Attention whose output projection is never called, or, written out, is."""
+
+    def __init__(self, *, stock):
+        super().__init__()
+        self.stock, self.fc = stock, nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True) if stock else WrittenOut()
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.attention(x, x, x, need_weights=False)[0] if self.stock else self.attention(x)
+
+
+class WrittenOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out_proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out_proj(torch.nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("skip", [(), ("attention#qk", "attention#av", "attention.in_proj_weight")])
+def test_a_projection_that_is_never_called_cannot_be_said(name, skip):
+    traced = trace(Attentive(stock=True).eval(), torch.zeros(1, 5, 8), skip=skip)
+    subject = Subject(traced.sites, skipped=tuple(traced.skipped))
+    wanted = {"fc": Bits(8, 8), "attention.out_proj": Bits(8, 8)}
+    policy = Policy((site.name, wanted.get(site.name, FLOAT)) for site in traced.sites)
+    reason = rf"'attention.out_proj' at W8A8 \(nn.MultiheadAttention uses its weight and never calls it, so {name} does not reach it"
+    with pytest.raises(PolicyError, match=rf"{name} cannot say 1 of \d sites: {reason}; give it W32A32"):
+        translate(policy, name, subject)
+    if name != "nncf":  # cannot leave the other weights of the attention alone
+        policy = Policy({**policy, "attention.out_proj": FLOAT})
+        assert understand(translate(policy, name, subject), name, subject) == policy
+
+
+@pytest.mark.parametrize("name", ["torchao", "compressed-tensors", "modelopt"])
+def test_a_projection_of_the_same_name_that_is_called_can_be_said(name):
+    subject = Subject(trace(Attentive(stock=False), torch.zeros(1, 5, 8)).sites)
+    policy = Policy((site.name, FLOAT if "#" in site.name else Bits(8, 8)) for site in subject.sites)
+    assert policy["attention.out_proj"] == Bits(8, 8)
+    assert understand(translate(policy, name, subject), name, subject) == policy
+
+
+def test_nncf_compresses_no_functional_call_unasked():
+    subject = Subject(trace(Attentive(stock=True).eval(), torch.zeros(1, 5, 8)).sites)
+    policy = Policy((site.name, Bits(8, 32) if site.name == "fc" else FLOAT) for site in subject.sites)
+    with pytest.raises(PolicyError, match=r"nncf.compress_weights also quantizes 'attention#0', a functional call without a name"):
+        translate(policy, "nncf", subject)
+
+
+@pytest.mark.parametrize(("name", "option"), [("modelopt", "algorithm"), ("aimet", "graph"), ("llama.cpp", "architecture")])
+def test_an_option_that_is_no_text_is_refused(name, option):
+    with pytest.raises(PolicyError, match=rf"option '{option}' of {name} is 5, which is no text; give --option {option}=TEXT"):
+        translate(Policy({}), name, Subject(()), **{option: 5})
+
+
 def test_tied_layers_must_agree():
     net, _ = perceptron()
     subject = Subject(trace(net, torch.zeros(1, 32), tie=[("fc10", "fc")]).sites)

@@ -1,5 +1,7 @@
 """Small networks for translators, and policies of them."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -43,6 +45,32 @@ def convolutional():
     torch.manual_seed(0)
     net = Convolutional().eval()
     return net, Subject(trace(net, torch.zeros(2, 3, 8, 8)).sites)
+
+
+def upsampling():
+    """A convolution and a transposed one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3, padding=1), relu=nn.ReLU(), up=nn.ConvTranspose2d(4, 2, 2, stride=2))).eval()
+    return net, Subject(trace(net, torch.zeros(2, 3, 8, 8)).sites)
+
+
+def upsampling_graph(path):
+    """Write `upsampling` as a float ONNX graph by hand."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = [numpy_helper.from_array(value.numpy(), name) for name, value in upsampling()[0].state_dict().items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.weight", "conv.bias"], ["a"], name="conv", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("ConvTranspose", ["b", "up.weight", "up.bias"], ["y"], name="up_1", strides=[2, 2]),
+    ]
+    shapes = {"x": ["N", 3, 8, 8], "y": ["N", 2, 16, 16]}
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in shapes.items()]
+    model = helper.make_model(helper.make_graph(nodes, "float", *ends, weights), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return str(path)
 
 
 def policy_of(subject, *pairs):

@@ -138,21 +138,21 @@ def _within(problem: Problem, steps: Notches, policy: Policy, generator: np.rand
     """Return a policy within the budgets: random notches go down until it fits, and then, to ``fill`` it, up while one fits."""
     index = list(problem.index(policy))
     limits = np.asarray(problem.limits, dtype=np.int64)
-    totals = np.asarray([sum(int(column[j]) for column, j in zip(terms, index, strict=True)) for terms in problem.terms], dtype=np.int64)
     down = True
     while True:
+        totals = np.asarray(problem.totals(index), dtype=np.int64)
         over = totals > limits
         down = down and bool(over.any())
         here = (np.asarray(index)[steps.site] == steps.source) & (steps.down == down)
-        helps = (steps.cost[over] < 0).any(0) if down else (totals[:, None] + steps.cost <= limits[:, None]).all(0)
-        open_ = np.flatnonzero(here & helps)
+        open_ = np.flatnonzero(here)
+        added = steps.added(problem, index, open_)
+        open_ = open_[(added[over] < 0).any(0) if down else (totals[:, None] + added <= limits[:, None]).all(0)]
         if not down and (not fill or not len(open_)):
             return problem.policy(index)
         if not len(open_):
             return repair(problem.policy(index), problem)
         step = int(generator.choice(open_))
         index[int(steps.site[step])] = int(steps.target[step])
-        totals = totals + steps.cost[:, step]
 
 
 def _shares(problem: Problem, costs: Sequence[int]) -> list[float]:

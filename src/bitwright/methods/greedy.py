@@ -218,7 +218,7 @@ class _Board:
     def descent(self) -> tuple[NDArray[np.int64], Floats]:
         """Return the steps down that are open, and their prices: loss increase over what they save of the budgets exceeded."""
         steps = self._open(self.state.index, down=True)
-        prices = self._down_prices(steps, self._changes(steps), self._excess(self.state.index))
+        prices = self._down_prices(self.state.index, steps, self._changes(steps))
         age = self.state.taken - self.state.stamps.numpy()[self.steps.site[steps], self.steps.kind[steps]]
         return steps, np.where((prices > 0) & ~self.known(steps), prices * FADING**age, prices)
 
@@ -228,7 +228,7 @@ class _Board:
         changes = self._changes(steps)
         may_gain = ~(self.known(steps) & (changes >= 0))
         steps, changes = steps[may_gain], changes[may_gain]
-        return steps, self._up_prices(steps, changes, self._excess(self.state.index))
+        return steps, self._up_prices(self.state.index, steps, changes)
 
     def _changes(self, steps: NDArray[np.int64]) -> Floats:
         """Return the change of the loss by each step: measured here, else when it was last measured, else -inf: look at it first."""
@@ -245,21 +245,23 @@ class _Board:
 
     def _fitting(self, index: list[int]) -> NDArray[np.int64]:
         steps = self._open(index, down=False)
-        return steps[(self._excess(index)[:, None] + self.steps.cost[:, steps] <= 0).all(0)]
+        return steps[(self._excess(index)[:, None] + self._added(index, steps) <= 0).all(0)]
+
+    def _added(self, index: list[int], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.steps.added(self.problem, index, steps)
 
     def _excess(self, index: list[int]) -> NDArray[np.int64]:
-        totals = [sum(int(column[j]) for column, j in zip(terms, index, strict=True)) for terms in self.problem.terms]
-        return np.asarray(totals, dtype=np.int64) - self.limits
+        return np.asarray(self.problem.totals(index), dtype=np.int64) - self.limits
 
-    def _down_prices(self, steps: NDArray[np.int64], changes: Floats, excess: NDArray[np.int64]) -> Floats:
-        missing = np.maximum(excess, 0)[:, None]
-        relief = (np.minimum(-self.steps.cost[:, steps], missing) / self.scale[:, None]).sum(0)
+    def _down_prices(self, index: list[int], steps: NDArray[np.int64], changes: Floats) -> Floats:
+        missing = np.maximum(self._excess(index), 0)[:, None]
+        relief = (np.minimum(-self._added(index, steps), missing) / self.scale[:, None]).sum(0)
         # Steps that lose nothing rank by what they save.
         return np.asarray(np.where(changes > 0, changes / np.maximum(relief, TINY), np.minimum(changes, 0) - relief))
 
-    def _up_prices(self, steps: NDArray[np.int64], changes: Floats, excess: NDArray[np.int64]) -> Floats:
-        room = np.maximum(1, -excess)[:, None]
-        taken = (np.maximum(self.steps.cost[:, steps], 0) / room).sum(0)
+    def _up_prices(self, index: list[int], steps: NDArray[np.int64], changes: Floats) -> Floats:
+        room = np.maximum(1, -self._excess(index))[:, None]
+        taken = (np.maximum(self._added(index, steps), 0) / room).sum(0)
         return np.asarray(changes / np.maximum(taken, TINY))
 
     # ---- exchanges
@@ -294,15 +296,14 @@ class _Board:
         promised = float(values[i, position] - values[i, index[i]])
         index[i] = position
         while True:
-            excess = self._excess(index)
-            over = bool((excess > 0).any())
+            over = not self.fits(index)
             steps = self._open(index, down=True) if over else self._fitting(index)
             steps = steps[self.steps.site[steps] != i]
             site, target = self.steps.site[steps], self.steps.target[steps]
             changes = values[site, target] - values[site, self.steps.source[steps]]
             if not len(steps) or (not over and not (changes < 0).any()):
                 return promised, index
-            prices = (self._down_prices if over else self._up_prices)(steps, changes, excess)
+            prices = (self._down_prices if over else self._up_prices)(index, steps, changes)
             front = int(np.argmin(prices))
             promised += float(changes[front])
             index[int(site[front])] = int(target[front])

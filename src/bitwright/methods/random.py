@@ -71,8 +71,9 @@ def draw(problem: Problem, probabilities: Probabilities, generator: np.random.Ge
     chosen = np.stack(columns, 1)
     feasible = np.ones(DRAWS, dtype=bool)
     used = np.zeros(DRAWS)
-    for site_terms, limit in zip(problem.terms, problem.limits, strict=True):
+    for site_terms, borders, limit in zip(problem.terms, problem.borders, problem.limits, strict=True):
         totals = np.sum([column[index] for column, index in zip(site_terms, columns, strict=True)], axis=0)
+        totals = totals + sum(border.costs(columns) for border in borders)
         feasible &= totals <= limit
         used = np.maximum(used, totals / max(1, limit))
     if not feasible.any():

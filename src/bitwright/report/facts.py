@@ -26,6 +26,7 @@ class Facts:
         recipe: the recipe's YAML text.
         sites: site records of sites.json, in execution order.
         budgets: budget records of sites.json.
+        latency: of sites.json, where the latency table of a budget was measured.
         policy: the policy found, if there is one.
         search: the lines of search.jsonl.
         found: search.json.
@@ -43,6 +44,7 @@ class Facts:
     recipe: str
     sites: tuple[Row, ...]
     budgets: tuple[Row, ...]
+    latency: Row
     policy: Policy | None
     search: tuple[Row, ...]
     found: Row
@@ -77,6 +79,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         recipe=recipe.read_text("utf-8") if recipe.is_file() else "",
         sites=tuple(sites.get("sites", ())),
         budgets=tuple(sites.get("budgets", ())),
+        latency=sites.get("latency", {}),
         policy=Policy.from_json(policy.read_text("utf-8")) if policy.is_file() else None,
         search=tuple(read_jsonl(run.path / "search.jsonl")),
         found=_json(run.path / "search.json"),
@@ -120,6 +123,8 @@ def alarms(facts: Facts) -> list[str]:
         found.append("The search was stopped by a step or time limit, or at an accuracy, before the method was done.")
     if facts.certificate and not facts.certificate["safe"]:
         found.append("The policy is not safe to transfer from its proxy: " + "; ".join(facts.certificate["reasons"]) + ".")
+    tables = (facts.latency, (facts.artefact.get("latency") or {}).get("table", {}))
+    found += dict.fromkeys(table["elsewhere"] for table in tables if table.get("elsewhere"))
     if facts.additivity.get("warning"):
         found.append(facts.additivity["warning"])
     found += _search_alarms(facts)

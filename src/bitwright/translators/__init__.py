@@ -56,6 +56,8 @@ class Translator(ABC):
     name: ClassVar[str]
     suffix: ClassVar[str] = ".json"
     reads: ClassVar[bool] = True
+    calls: ClassVar[bool] = False
+    """Whether the tool acts where a module is called, so that it does not reach weights that are used without a call."""
 
     @abstractmethod
     def unsaid(self, layer: Layer) -> str | None:
@@ -116,7 +118,7 @@ def translate(policy: Policy, to: str, subject: Subject, **options: Any) -> str:
     layers = _layers(policy, subject)
     unsaid: dict[str, str] = {}
     for layer in layers:
-        reason = _unsaid(translator, layer)
+        reason = _unsaid(translator, layer, subject)
         if reason is not None:
             unsaid.setdefault(layer.site.name, f"'{layer.site.name}' at {layer.bits!r} ({reason})")
     if unsaid:
@@ -152,6 +154,8 @@ def _made(name: str, options: Mapping[str, Any]) -> Translator:
     for key in options:
         if key not in known:
             raise PolicyError(f"policy: {name} has no option '{key}'; {nearest(key, known) if known else 'it has none'}")
+        if not isinstance(options[key], str):
+            raise PolicyError(f"policy: option '{key}' of {name} is {options[key]!r}, which is no text; give --option {key}=TEXT")
     return kind(**options)
 
 
@@ -166,10 +170,19 @@ def _layers(policy: Policy, subject: Subject) -> list[Layer]:
     return [Layer(path, site, policy[site.name]) for site in subject.sites for path in site.layers]
 
 
-def _unsaid(translator: Translator, layer: Layer) -> str | None:
+def _unsaid(translator: Translator, layer: Layer, subject: Subject) -> str | None:
     if "#" in layer.path:
         return None if layer.bits == FLOAT else "it is a functional call, which has no layer name"
+    if translator.calls and layer.bits != FLOAT and _in_attention(layer.path, subject):
+        return f"nn.MultiheadAttention uses its weight and never calls it, so {translator.name} does not reach it; give it W32A32"
     return translator.unsaid(layer)
+
+
+def _in_attention(path: str, subject: Subject) -> bool:
+    """Whether a layer is the output projection of an `nn.MultiheadAttention`, which alone has a product ``#qk``."""
+    owner, _, name = path.rpartition(".")
+    known = {*subject.skipped, *(address for site in subject.sites for address in site.layers)}
+    return name == "out_proj" and f"{owner}#qk" in known
 
 
 def _policy(found: Mapping[str, Bits], of: str, subject: Subject) -> Policy:

@@ -22,9 +22,9 @@ class Place:
     inputs: tuple[str, ...]
 
 
-def operators(graph: str, of: str) -> Mapping[str, tuple[str, ...]]:
-    """Return what each convolution and matrix product of a graph reads, by the name of its node; raises as `places` does."""
-    return {node.name: tuple(node.input) for node in _loaded(graph, of).graph.node if node.op_type in OPERATORS}
+def operators(graph: str, of: str) -> Mapping[str, str]:
+    """Return the type of each convolution and matrix product of a graph, by the name of its node; raises as `places` does."""
+    return {node.name: str(node.op_type) for node in _loaded(graph, of).graph.node if node.op_type in OPERATORS}
 
 
 def tensors(graph: str, of: str) -> frozenset[str]:

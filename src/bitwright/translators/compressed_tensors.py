@@ -26,6 +26,7 @@ class CompressedTensors(Translator):
     """``quantization_config`` with exact targets."""
 
     name: ClassVar[str] = "compressed-tensors"
+    calls: ClassVar[bool] = True
 
     def unsaid(self, layer: Layer) -> str | None:
         """Return why compressed-tensors cannot say a layer's bits."""

@@ -13,21 +13,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bitwright.errors import PolicyError
+from bitwright.errors import PolicyError, nearest
 from bitwright.policy import Bits
 from bitwright.translators import FLOAT, Layer, Subject, Translator, exact_name, integer_widths
 
 _WIDTHS = (*range(1, 9), 32)
 _PARTS = ("weight_quantizer", "input_quantizer")
+ALGORITHMS = ("max", "mse", "smoothquant", "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq", "local_hessian", "lsq")
+"""How ModelOpt 0.47 calibrates integers, by its own names."""
 
 
 @dataclass(frozen=True)
 class ModelOpt(Translator):
-    """``quant_cfg``; ``algorithm``: how ModelOpt calibrates."""
+    """``quant_cfg``; ``algorithm``: how ModelOpt calibrates, one of `ALGORITHMS`."""
 
     name: ClassVar[str] = "modelopt"
+    calls: ClassVar[bool] = True
 
     algorithm: str = "max"
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise PolicyError(f"policy: modelopt has no algorithm '{self.algorithm}'; {nearest(self.algorithm, ALGORITHMS)}")
 
     def unsaid(self, layer: Layer) -> str | None:
         """Return why ModelOpt cannot say a layer's bits."""

@@ -34,6 +34,7 @@ class Nncf(Translator):
     """An ignored scope, and the call that it belongs to."""
 
     name: ClassVar[str] = "nncf"
+    calls: ClassVar[bool] = True
 
     def unsaid(self, layer: Layer) -> str | None:
         """Return why NNCF cannot say a layer's bits."""
@@ -59,9 +60,11 @@ class Nncf(Translator):
         call, arguments = _CALLS[kept[0]]
         if subject.skipped:
             raise PolicyError(f"policy: nncf cannot be told to leave the skipped layer '{subject.skipped[0]}' alone; make it a site")
-        calls = [layer.path for layer in layers if layer.bits == FLOAT and "#" in layer.path]
-        if call == "quantize" and calls:
-            raise PolicyError(f"policy: nncf.quantize also quantizes '{calls[0]}', a functional call without a name; give it W8A8")
+        calls = [layer for layer in layers if layer.bits == FLOAT and "#" in layer.path]
+        also = [layer.path for layer in calls if call == "quantize" or layer.site.weights]  # compress_weights has no weights of a product
+        if also:
+            asked = f"nncf.{call} also quantizes '{also[0]}', a functional call without a name, which cannot be left out"
+            raise PolicyError(f"policy: {asked}; take another format")
         _check_named([layer for layer in layers if layer.bits == FLOAT and "#" not in layer.path], subject)
         names = [node for layer in layers if layer.bits == FLOAT and "#" not in layer.path for node in _nodes(layer.path, layer.site)]
         return json.dumps({"call": call, "arguments": {**arguments, "ignored_scope": {"names": names, "validate": True}}}, indent=1)

@@ -1,7 +1,8 @@
 """ONNX Runtime: tensor overrides for ``quantize_static``, with the nodes that it must leave alone.
 
-The JSON holds ``TensorQuantOverrides`` with the names of quantization types (``QuantType.from_string`` reads them), and
-``nodes_to_exclude``. ONNX Runtime quantizes a node's weight and input together, in 4 or 8 bits.
+The JSON holds ``TensorQuantOverrides`` with the names of quantization types (``QuantType.from_string`` reads them),
+``op_types_to_quantize``, those of the graph that have weights or are products, and ``nodes_to_exclude`` of these. ONNX Runtime quantizes a
+node's weight and input together, in 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -52,17 +53,23 @@ class OnnxRuntimeOverrides(Translator):
         if "" in nodes and nodes.keys() - quantized:
             raise PolicyError(f"{Path(self.graph).name}: an operator has no name, so {self.name} cannot leave it out; name the nodes")
         excluded = [node for node in nodes if node not in quantized]
-        return json.dumps({"TensorQuantOverrides": overrides, "nodes_to_exclude": excluded}, indent=1)
+        types = sorted(set(nodes.values()))
+        return json.dumps({"TensorQuantOverrides": overrides, "op_types_to_quantize": types, "nodes_to_exclude": excluded}, indent=1)
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
         """Return the bits by layer path."""
         data = json.loads(text)
         overrides, excluded = data["TensorQuantOverrides"], set(data["nodes_to_exclude"])
+        nodes = operators(self.graph, self.name)
+        types = data.get("op_types_to_quantize", list(nodes.values()))  # files of earlier versions leave them to the caller
+        excluded |= {node for node, kind in nodes.items() if kind not in types}
         layers = [Layer(path, site, FLOAT) for site in subject.sites for path in site.layers if "#" not in path]
         found, bits, used = places(self.graph, layers, self.name), dict[str, Bits](), set[str]()
         for path, place in found.items():
-            if set(place.nodes) & excluded:
+            if set(place.nodes) <= excluded:
                 continue
+            if set(place.nodes) & excluded:
+                raise PolicyError(f"policy: the file of {self.name} leaves out some nodes of '{path}', and a policy all or none")
             widths = [_BITS[overrides[tensor][0]["quant_type"]] for tensor in (place.weight, *place.inputs)]
             bits[path] = Bits(widths[0], max(widths[1:]))
             used.update((place.weight, *place.inputs))

@@ -25,6 +25,7 @@ class Torchao(Translator):
     """``FqnToConfig``."""
 
     name: ClassVar[str] = "torchao"
+    calls: ClassVar[bool] = True
 
     def unsaid(self, layer: Layer) -> str | None:
         """Return why torchao cannot say a layer's bits."""
