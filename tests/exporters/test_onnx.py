@@ -149,6 +149,40 @@ def test_outputs_beyond_the_bound_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("sites", [("0",), ("2",), ("0", "2"), ("5",)])
+def test_negated_weights_are_refused_though_a_step_is_all_that_activations_of_one_bit_have(tmp_path, monkeypatch, sites):
+    from bitwright.exporters._emission import Emission
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)).eval()
+    policy = Policy(dict.fromkeys(("0", "2", "5"), (4, 1)))
+    model = quantize(net, policy, calibration=IMAGES)
+    export(model, "onnx", tmp_path / "right.onnx", example=IMAGES, policy=policy)
+    right = Emission._write_codes
+
+    def negated(self, coded, scale, codes):
+        return right(self, coded, scale, -codes if coded.address in sites else codes)
+
+    monkeypatch.setattr(Emission, "_write_codes", negated)
+    found = (
+        r"its outputs differ by .* and 1 % is allowed" if sites == ("5",) else r"\(1 bit\) differ, by .* steps in all, and .* are allowed"
+    )
+    with pytest.raises(ExportError, match=f"ONNX Runtime does not reproduce the network: .*{found}; nothing was written"):
+        export(model, "onnx", tmp_path / "wrong.onnx", example=IMAGES, policy=policy)
+
+
+def test_what_outputs_may_differ_by_is_far_from_all_of_them_at_any_width():
+    from bitwright.exporters._graph import capture
+    from bitwright.exporters._parity import allowed_outputs
+
+    allowed = []
+    for width in (1, 2, 3, 4, 8):
+        model, x, _ = deployed("tiny", [(8, width)])
+        allowed.append(allowed_outputs(capture(model, x), None))
+    assert allowed == [0.3, 0.3, 2 / 7, 2 / 15, 0.05]
+
+
 # ---- verify
 
 

@@ -256,6 +256,29 @@ def test_a_network_that_the_file_does_not_reproduce_leaves_no_file(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("activations", [1, 2, 3])
+@pytest.mark.parametrize("sites", [("0",), ("0", "2", "4"), ("4",)])
+def test_negated_weights_leave_no_file_whatever_the_width_of_activations(tmp_path, monkeypatch, activations, sites):
+    pytest.importorskip("qonnx", reason=ABSENT)
+    from bitwright.exporters.qonnx import QuantEmission
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    images = torch.rand(32, 12)
+    artefact, _, _, _ = written(tmp_path, [(4, activations)] * 3, net=net, images=images)
+    artefact.path.unlink()
+    right = QuantEmission._write_codes
+
+    def negated(self, coded, scale, codes):
+        return right(self, coded, scale, (-codes).clip(-8, 7) if coded.address in sites else codes)
+
+    monkeypatch.setattr(QuantEmission, "_write_codes", negated)
+    found = r"given the network's own codes, its outputs differ" if sites == ("4",) else "does not reproduce the network"
+    with pytest.raises(ExportError, match=found):
+        written(tmp_path, [(4, activations)] * 3, net=net, images=images)
+    assert not (tmp_path / "net.qonnx").exists()
+
+
 def test_a_node_of_no_site_is_named():
     pytest.importorskip("qonnx", reason=ABSENT)
     from bitwright.exporters.qonnx import costs_by_site
