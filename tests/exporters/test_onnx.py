@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from deployed import IMAGES, NETWORKS, OptionA, deployed
+from deployed import ALL, IMAGES, IN_PLACE, NETWORKS, InPlace, OptionA, deployed
 from torch import nn
 
 from bitwright.errors import ExportError
 from bitwright.exporters import Source, _plain_copy, export, verify
 from bitwright.policy import Policy
 from bitwright.quant import QuantOptions, quantize
+from bitwright.sites import trace
 
 onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
@@ -48,6 +49,20 @@ def test_free_scales_are_within_one_step_layer_by_layer(tmp_path, name, bits):
             assert rows[site, "weight"].levels <= 2**w
         if (site, "weight") in rows and w == 16:
             assert rows[site, "weight"].stored == "BFLOAT16"
+
+
+@pytest.mark.parametrize("scales", ["free", "power_of_two"])
+@pytest.mark.parametrize("change", sorted(IN_PLACE))
+def test_what_is_changed_in_place_after_it_was_quantized_is_compared_as_it_was(tmp_path, change, scales):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = InPlace(IN_PLACE[change]).eval()
+    sites = trace(net, IMAGES).sites
+    policy = Policy({site.name: (8, 8) for site in sites})
+    options = QuantOptions(points=ALL, scales=scales)
+    model = quantize(net, policy, calibration=IMAGES, sites=sites, options=options)
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=IMAGES, policy=policy)
+    assert artefact.parity["outputs"] < 0.01
 
 
 def test_the_file_needs_the_checker_and_the_runtime_alone(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deployed import ALL, IMAGES, InPlace, into_result
 from torch import nn
 
 from bitwright.costs import BitOps
@@ -82,6 +83,14 @@ def test_qonnx_counts_bit_operations_as_we_do(tmp_path, pairs):
     counted = inference_costs(artefact.path)
     assert costs_by_site(counted, traced.sites) == {site.name: BitOps()(site, policy[site.name]) for site in traced.sites}
     assert {name: cost["macs"] for name, cost in counted.items()} == {site.name: site.macs for site in traced.sites}
+
+
+def test_what_is_changed_in_place_after_it_was_quantized_is_compared_as_it_was(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = InPlace(into_result).eval()
+    artefact, _, _, _ = written(tmp_path, [(8, 8)] * 4, net=net, images=IMAGES, points=ALL)
+    assert artefact.parity["outputs"] < 0.01
 
 
 def test_one_bit_is_a_bipolar_quant_of_ones(tmp_path):

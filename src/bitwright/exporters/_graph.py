@@ -206,8 +206,9 @@ class _Run(fx.Interpreter):
         if kind_of(n) != "mark":
             return super().run_node(n)
         (x, key), _ = self.fetch_args_kwargs_from_env(n)
-        self.marked[n.name] = self.program.marks[key].quantizer(x)
-        return self.marked[n.name]
+        out = self.program.marks[key].quantizer(x)
+        self.marked[n.name] = out.clone()  # a later call may change the tensor in place
+        return out
 
 
 def run(program: Program, example: Example) -> tuple[list[Tensor], dict[str, Tensor]]:

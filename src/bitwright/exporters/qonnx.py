@@ -148,8 +148,8 @@ class Qonnx(Exporter):
         steps: how many steps a code may differ by when the file is given the network's own tensors before it; where all scales are powers
             of two and every call sums integers, it may not differ at all. On average codes may differ by the share of
             their grid that so many steps of 8 bits are.
-        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid, 5 to 30 %, where not
-            given.
+        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid, 5 to 30 %,
+            where not given.
     """
 
     suffixes = (".qonnx",)
