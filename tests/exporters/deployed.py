@@ -56,6 +56,18 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class Grouped(nn.Module):
+    """A transposed convolution whose groups share the scales of their output channels, and a BatchNorm after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.norm = nn.Conv2d(3, 6, 3, 2, padding=1), nn.ConvTranspose2d(6, 4, 2, 2, groups=2), nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.up(F.relu(self.stem(x))))))
+
+
 class InPlace(nn.Module):
     """A residual block as torchvision writes it, whose addition changes a tensor in place."""
 
@@ -122,6 +134,7 @@ NETWORKS = {
     "digits": (lambda: models.build("digits_cnn"), DIGITS),
     "block": (Block, TOKENS),
     "plenty": (Plenty, IMAGES),
+    "grouped": (Grouped, IMAGES),
     "tiny": (
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 8), nn.Linear(8, 5)),
         IMAGES,

@@ -51,6 +51,14 @@ def test_free_scales_are_within_one_step_layer_by_layer(tmp_path, name, bits):
             assert rows[site, "weight"].stored == "BFLOAT16"
 
 
+@pytest.mark.parametrize(("scales", "bits"), [("free", [(8, 8)]), ("free", [(8, 8), (4, 4)]), ("power_of_two", [(8, 8), (3, 5)])])
+def test_groups_of_a_transposed_convolution_share_the_scales_of_their_channels(tmp_path, scales, bits):
+    model, x, policy = deployed("grouped", bits, scales=scales)
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
+    assert artefact.parity["outputs"] < (0.02 if scales == "free" else 1e-6)
+    assert artefact.levels["up"] <= 2 ** policy["up"].w
+
+
 @pytest.mark.parametrize("scales", ["free", "power_of_two"])
 @pytest.mark.parametrize("change", sorted(IN_PLACE))
 def test_what_is_changed_in_place_after_it_was_quantized_is_compared_as_it_was(tmp_path, change, scales):

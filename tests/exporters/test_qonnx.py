@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from deployed import ALL, IMAGES, InPlace, into_result
+from deployed import ALL, IMAGES, InPlace, into_result, network
 from torch import nn
 
 from bitwright.costs import BitOps
@@ -83,6 +83,13 @@ def test_qonnx_counts_bit_operations_as_we_do(tmp_path, pairs):
     counted = inference_costs(artefact.path)
     assert costs_by_site(counted, traced.sites) == {site.name: BitOps()(site, policy[site.name]) for site in traced.sites}
     assert {name: cost["macs"] for name, cost in counted.items()} == {site.name: site.macs for site in traced.sites}
+
+
+@pytest.mark.parametrize("w", [1, 4])
+def test_groups_of_a_transposed_convolution_share_the_scales_of_their_channels(tmp_path, w):
+    net, images = network("grouped")
+    artefact, _, _, _ = written(tmp_path, [(8, 8), (w, 6), (8, 8)], net=net, images=images)
+    assert artefact.parity["outputs"] < 1e-4
 
 
 def test_what_is_changed_in_place_after_it_was_quantized_is_compared_as_it_was(tmp_path):

@@ -24,7 +24,7 @@ from torch import fx
 from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, Verification
 from bitwright.exporters import outputs as network_outputs
-from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord
+from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord, for_outputs
 from bitwright.exporters._graph import capture, run
 from bitwright.exporters._onnx_file import FORMAT, KEY, content_of_text, read_model, stamp, verify_file
 from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
@@ -104,7 +104,8 @@ class QuantEmission(Emission):
         if not late:
             return out
         dims, axis = int(kind[-2]), 1 if kind.startswith("conv_transpose") else 0
-        return self._rescaled(out, name, axis, values[2] if len(values) > 2 else None, dims)
+        groups = int(values[6]) if axis and len(values) > 6 else 1
+        return self._rescaled(out, name, axis, values[2] if len(values) > 2 else None, dims, groups)
 
     def _linear(self, node: fx.Node, x: str, w: str, b: str, name: str) -> str:
         if name not in self.after:
@@ -113,12 +114,12 @@ class QuantEmission(Emission):
         axis = 1 if self._turns(node) else 0
         return self._rescaled(out, name, axis, self.env[node.args[2]] if len(node.args) > 2 and node.args[2] is not None else None, 0)  # type: ignore[index]
 
-    def _rescaled(self, out: str, name: str, axis: int, bias: Any, dims: int) -> str:
-        """Multiply a layer's result by its weight's scales, and add the bias."""
+    def _rescaled(self, out: str, name: str, axis: int, bias: Any, dims: int, groups: int = 1) -> str:
+        """Multiply a layer's result by its weight's scales, which the groups of a transposed convolution share, and add the bias."""
         steps = self.after.pop(name)
         channel = np.moveaxis(steps, axis, 0).reshape(steps.shape[axis], -1)[:, 0]
         shape = [-1] + [1] * dims
-        scales = channel if np.any(channel != channel[0]) else channel[:1]
+        scales = for_outputs(channel, len(channel) * groups) if np.any(channel != channel[0]) else channel[:1]
         out = self.writer.node("Mul", [out, self.writer.constant(scales.reshape(shape).astype(np.float32), f"{name}.scale")])
         if bias is not None:
             out = self.writer.node("Add", [out, self.writer.constant(bias.float().numpy().reshape(shape), f"{name}.bias")])
