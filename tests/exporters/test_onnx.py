@@ -131,6 +131,12 @@ class Refused(nn.Module):
         (lambda x: torch.fft.fft(x).real, "the call '.*fft.*' in the network itself has no ONNX form"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), r"adaptive pooling from \[8, 8\] to \[3, 3\] has windows of several sizes"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
+        (
+            lambda x: torch.div(x, 0.1, rounding_mode="floor"),
+            "the call 'div' in the network itself has rounding_mode='floor'",
+        ),
+        (lambda x: F.softplus(x, beta=3), "the call 'softplus' in the network itself has beta=3"),
+        (lambda x: x.mean((2, 3), dtype=torch.float64), "the call 'mean' in the network itself has dtype=torch.float64"),
         (lambda x: x if x.sum() > 0 else -x, "cannot be followed as a graph"),
     ],
 )
@@ -139,6 +145,32 @@ def test_what_has_no_form_is_an_error_that_names_it(tmp_path, call, message):
     with pytest.raises(ExportError, match=message):
         export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_ends_in_a_fault_of_its_writer_is_an_error_that_names_it(tmp_path, monkeypatch):
+    from bitwright.exporters import _writing
+
+    monkeypatch.setitem(_writing._OPERATORS, "softmax", lambda writer, node, values: values[9])
+    model = quantize(Refused(lambda x: x.softmax(1)), Policy({"layer": (8, 8)}), calibration=IMAGES)
+    with pytest.raises(ExportError, match=r"the call 'softmax' in the network itself has arguments that .* \(IndexError: list index"):
+        export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
+
+
+@pytest.mark.parametrize("call", [lambda x: x - x.mean(), lambda x: x / (1 + x.sum().abs()), lambda x: x.mean(dtype=torch.float32) + x])
+def test_a_mean_or_a_sum_without_axes_is_over_all(tmp_path, call):
+    model = quantize(Refused(call), Policy({"layer": (8, 8)}), calibration=IMAGES)
+    assert export(model, "onnx", tmp_path / "m.onnx", example=IMAGES).parity["outputs"] < 0.01
+
+
+@pytest.mark.parametrize(("tokens", "exact"), [(7, False), (8, True)])
+def test_a_mean_is_a_sum_of_integers_where_it_is_over_a_power_of_two_of_values(tmp_path, tokens, exact):
+    class Mean(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).mean(1)
+
+    x = torch.rand(4, tokens, 8, generator=torch.Generator().manual_seed(0))
+    model = quantize(Mean(nn.Linear(8, 4)), Policy({"0": (8, 8)}), calibration=x, options=QuantOptions(scales="power_of_two"))
+    assert export(model, "onnx", tmp_path / "m.onnx", example=x).parity["exact"] is exact
 
 
 def test_wide_half_integer_codes_and_float_networks_and_unknown_options_are_errors(tmp_path):
@@ -356,6 +388,22 @@ def test_an_option_of_another_type_is_one_line(tmp_path, option, value):
     model, x, policy = deployed("tiny", [(8, 8)])
     with pytest.raises(ExportError, match=f"export: (option )?{option}"):
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("to", "option", "value", "expected"),
+    [
+        ("onnx", "outputs", "nan", "expected a finite number"),
+        ("openvino", "outputs", "inf", "expected a finite number"),
+        ("qonnx", "outputs", -0.1, "expected greater than or equal to 0"),
+        ("onnx", "steps", "-1", "expected greater than or equal to 0"),
+        ("qonnx", "steps", -1, "expected greater than or equal to 0"),
+    ],
+)
+def test_a_bound_that_is_no_number_of_0_or_more_is_one_line(tmp_path, to, option, value, expected):
+    model, x, policy = deployed("tiny", [(8, 8)])
+    with pytest.raises(ExportError, match=f"export: option {option}={value!r}: {expected}$"):
+        export(model, to, tmp_path / "m.xml", example=x, policy=policy, **{option: value})
 
 
 def test_a_last_layer_that_computes_something_else_is_refused_whatever_the_width_of_the_grids(tmp_path):

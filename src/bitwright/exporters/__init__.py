@@ -238,7 +238,7 @@ def export(
     for key in options:
         if key not in known:
             raise ExportError(f"export: no option '{key}' for {to}; {nearest(key, known)}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     exporter, path = kind(**{key: _typed(hints[key], key, value) for key, value in options.items()}), Path(path)
     if kind.companions and path.suffix not in kind.suffixes:  # their names are made from it
         raise ExportError(f"{path}: a file of {to} ends in {' or '.join(kind.suffixes)}; name it {path.with_suffix(kind.suffixes[0]).name}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from bitwright.errors import ExportError
 from bitwright.exporters._emission import PointRecord
-from bitwright.exporters._graph import Program, kind_of
+from bitwright.exporters._graph import Program, averaged_axes, kind_of
 from bitwright.quant.points import OnPoint
 from bitwright.quant.quantizers import LSQActivation, LSQWeight
 
@@ -26,6 +28,10 @@ LAST = 0.01
 MOST = 0.3
 """How far outputs of a chain may be off unless more is asked for, as a share of the largest, however coarse the grids."""
 Array = NDArray[np.int64]
+Steps = Annotated[int, Field(ge=0)]
+"""How many steps codes may differ by."""
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""How far outputs may differ, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,10 @@ def _halves(node: torch.fx.Node) -> bool:
     if "mean" not in kind_of(node) and "avg_pool" not in kind_of(node):
         return True
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    sizes = [(a, b) for a, b in zip(before[2:], after[2:], strict=False)] if len(after) > 2 else [(n, 1) for n in before[2:]]
+    if kind_of(node) == "mean":
+        sizes = [(before[axis], 1) for axis in averaged_axes(node)]
+    else:
+        sizes = list(zip(before[2:], after[2:], strict=True))
     return all(isinstance(a, int) and a % b == 0 and (a // b) & (a // b - 1) == 0 for a, b in sizes)
 
 

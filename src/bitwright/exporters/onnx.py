@@ -27,7 +27,7 @@ from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._emission import ActivationForm, Emission, Emitted, Form, Grid, PointRecord, WeightRecord, float_layers
 from bitwright.exporters._graph import Program, capture, run
 from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
-from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 
@@ -81,8 +81,8 @@ class Onnx(Exporter):
 
     suffixes = (".onnx",)
     types: Literal["int8", "native"] = "int8"
-    steps: int = 1
-    outputs: float | None = None
+    steps: Steps = 1
+    outputs: Share | None = None
     fallback: Literal["report", "raise"] = "report"
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:

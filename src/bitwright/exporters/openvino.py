@@ -25,7 +25,7 @@ from bitwright.exporters import Check, Exporter, Source, TensorCheck, Verificati
 from bitwright.exporters._emission import ActivationForm, Form, Grid
 from bitwright.exporters._graph import capture
 from bitwright.exporters._onnx_file import answer_gap, content_of_text, content_text
-from bitwright.exporters._parity import output_gaps
+from bitwright.exporters._parity import Share, output_gaps
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._sample import SAMPLES, sample_of
 from bitwright.exporters._writing import Writer
@@ -64,7 +64,7 @@ class OpenVINO(Exporter):
 
     suffixes = (".xml",)
     companions = (".bin",)
-    outputs: float = 0.05
+    outputs: Share = 0.05
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
         """Write both files; raises `ExportError` for what cannot be one compiled network."""

@@ -27,7 +27,7 @@ from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord, for_outputs
 from bitwright.exporters._graph import capture, run
 from bitwright.exporters._onnx_file import FORMAT, KEY, content_of_text, read_model, stamp, verify_file
-from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._quant_nodes import recount
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
@@ -155,8 +155,8 @@ class Qonnx(Exporter):
 
     suffixes = (".qonnx",)
     batch: int = 1
-    steps: int = 1
-    outputs: float | None = None
+    steps: Steps = 1
+    outputs: Share | None = None
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
         """Write the file; raises `ExportError` for a call or a grid that has no QONNX form here."""
