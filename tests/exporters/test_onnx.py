@@ -29,7 +29,7 @@ def test_power_of_two_scales_are_equal_bit_for_bit_and_every_layer_runs_in_integ
     artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, fallback="raise")
     facts = json.loads((tmp_path / "m.onnx.parity.json").read_text())
     assert facts["exact"] is True
-    assert (artefact.largest_difference, facts["outputs"], facts["float_fallbacks"]) == (0.0, 0.0, [])
+    assert (artefact.largest_difference, facts["outputs"], facts["float_fallbacks"]) == (0.0, 0.0, {})
     assert {row["steps"] for row in facts["alone"] + facts["chained"]} == {0}
     assert all(kind.startswith("int8") for kind in facts["executed"].values())
     assert artefact.levels == verify(tmp_path / "m.onnx").levels
@@ -108,9 +108,28 @@ def test_every_quantizer_is_exported(tmp_path, options):
 def test_without_points_layers_fall_back_to_float_and_that_is_said_or_refused(tmp_path):
     model, x, policy = deployed("option-a", [(8, 8)], points=())
     artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
-    assert artefact.parity["float_fallbacks"] == ["stem", "two"]
-    with pytest.raises(ExportError, match="ONNX Runtime runs 'stem', 'two' in float; quantize with a target or points"):
+    assert (
+        artefact.to_dict()["float_fallbacks"] == artefact.parity["float_fallbacks"] == dict.fromkeys(("stem", "two"), "float32: FusedConv")
+    )
+    message = r"does not run these in integers: 'stem' \(float32: FusedConv\), 'two' .*; quantize with a target or points"
+    with pytest.raises(ExportError, match=message):
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, fallback="raise")
+
+
+def test_a_layer_that_is_not_seen_in_the_runtimes_network_is_named_as_a_fall_back(tmp_path, monkeypatch):
+    from bitwright.exporters import onnx as exporter
+
+    model, x, policy = deployed("tiny", [(8, 8)])
+    right = exporter.executed_precision
+    monkeypatch.setattr(exporter, "executed_precision", lambda *given: {**right(*given), "4": "unknown"})
+    assert export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy).float_fallbacks == {"4": "unknown"}
+
+
+@pytest.mark.parametrize("call", [F.leaky_relu, F.hardswish, F.silu, torch.sigmoid])
+def test_a_convolution_falls_back_before_an_activation_that_no_grid_is_taken_through_and_that_is_said(tmp_path, call):
+    model = quantize(Refused(call), Policy({"layer": (8, 8)}), calibration=IMAGES, options=QuantOptions(points=ALL))
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
+    assert list(artefact.float_fallbacks) == ["layer"]
 
 
 # ---- what is refused
