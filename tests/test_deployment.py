@@ -84,7 +84,7 @@ def test_points_that_the_run_lacks_are_named_by_the_check(deployed_run, capsys, 
     assert "! the run has no 8-bit points for concat, pool, shared, so layers beside such tensors may run in float" in text
     assert "run the recipe with --target onnxruntime-x86, or with quantize.points: [add, concat, pool, shared]" in text
     policy = json.loads((deployed_run / "policy.json").read_text())
-    policy["sites"] = dict.fromkeys(policy["sites"], {"w": 32, "a": 32})
+    policy["sites"] = {site: {"w": 32, "a": 32} for site in policy["sites"]}
     (deployed_run / "float.json").write_text(json.dumps(policy))
     assert said(capsys, *check, "--policy", str(deployed_run / "float.json"), "--json")["missing_points"] == []
 
