@@ -7,7 +7,7 @@ the output channels, and beta becomes an integer of the accumulator's step :math
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -73,8 +73,8 @@ class ActivationForm(ABC):
     """How a format writes the rounding of an activation."""
 
     @abstractmethod
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
-        """Write it; return the rounded tensor, the tensor of codes ('' where there is none), and the code of zero."""
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
+        """Write it for the calls that read it; return the rounded tensor, the tensor of codes ('' for none), and the code of zero."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Emission:
         clipped = self._clipped(cast(fx.Node, node.args[0]), grid)
         if self.steps.get(x) == grid.step and kind_of(cast(fx.Node, node.args[0])) == "mark":
             return x  # on this grid already
-        out, codes, zero = self.form.activations.write(self.writer, x, clipped, mark.name)
+        out, codes, zero = self.form.activations.write(self.writer, x, clipped, mark.name, list(node.users))
         self.steps[out] = grid.step
         bits = 8 if mark.role == "point" else mark.bits.a
         self.emitted.points.append(PointRecord(mark.name, bits, node.name, codes, zero, grid.step, clipped.low, clipped.high))

@@ -42,7 +42,7 @@ INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQ
 class QDQ(ActivationForm):
     """Quantize, clip the integers where there are fewer than 8 bits, dequantize."""
 
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
         """Write three nodes, or two."""
         zero = 128 if grid.signed else 0
         step, origin = writer.constant(np.float32(grid.step), f"{name}_scale"), writer.constant(np.uint8(zero), f"{name}_zero")

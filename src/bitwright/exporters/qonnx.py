@@ -41,7 +41,7 @@ DOMAINS = {QONNX_DOMAIN: 1}
 class QuantForm(ActivationForm):
     """Rounding and clipping in one node, its result in float."""
 
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
         """Write the node."""
         width = 1 if (grid.low, grid.high) in ((-1, 1), (0, 1)) else int(grid.high - grid.low).bit_length()
         return _quant(writer, x, np.float32(grid.step), width, name, signed=grid.signed), "", 0
