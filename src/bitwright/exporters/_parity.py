@@ -54,7 +54,7 @@ class Row:
         >>> Row("x", 8, 1000, 0, 0, 0).allowed(1), Row("x", 1, 2550, 0, 0, 0).allowed(1), Row("x", 1, 10, 0, 0, 0).allowed(1)
         (1000.0, 10.0, 1)
         """
-        return max(steps, steps * self.values * (2**self.bits - 1) / 255)
+        return max(steps, steps * self.values * ((1 << self.bits) - 1) / 255)
 
 
 @dataclass(frozen=True)
