@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from bitwright.latency import Table, fingerprint, named
 from bitwright.pipeline import write_json
 from bitwright.policy import Bits, Policy
 from bitwright.progress import text_of
-from bitwright.recipe import load_recipe
+from bitwright.recipe import QuantizeOptions, load_recipe
 from bitwright.report import render
 
 pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
@@ -76,6 +78,36 @@ def test_a_policy_is_checked_and_every_violation_named(deployed_run, capsys):
     other.write_text(json.dumps(policy))
     assert "no site 'conv9'; did you mean" in said(capsys, "export", str(deployed_run), "--check", "--policy", str(other), code=2)
     assert "they go with --check" in said(capsys, "export", str(deployed_run), "--target", "bitfusion", code=2)
+
+
+def test_points_that_the_run_lacks_are_named_by_the_check(deployed_run, capsys, monkeypatch):
+    check = ("export", str(deployed_run), "--check")
+    assert said(capsys, *check, "--json")["missing_points"] == []
+    monkeypatch.setattr(Job, "quantize_options", QuantizeOptions(points=("add",)))
+    assert said(capsys, *check, "--json")["missing_points"] == ["concat", "pool", "shared"]
+    text = said(capsys, *check)
+    assert "! the run has no 8-bit points for concat, pool, shared, so layers beside such tensors may run in float" in text
+    assert "run the recipe with --target onnxruntime-x86, or with quantize.points: [add, concat, pool, shared]" in text
+    policy = json.loads((deployed_run / "policy.json").read_text())
+    policy["sites"] = {site: {"w": 32, "a": 32} for site in policy["sites"]}
+    (deployed_run / "float.json").write_text(json.dumps(policy))
+    assert said(capsys, *check, "--policy", str(deployed_run / "float.json"), "--json")["missing_points"] == []
+
+
+def test_layers_that_do_not_run_in_integers_are_said_at_export_and_in_the_report(deployed_run, capsys, monkeypatch, tmp_path):
+    from bitwright.exporters import onnx
+
+    right, copied, file = onnx.executed_precision, tmp_path / "run", tmp_path / "m.onnx"
+    monkeypatch.setattr(onnx, "executed_precision", lambda *given: {**right(*given), "conv2": "unknown", "fc": "float32: Gemm"})
+    alarm = "In the exported file 2 layers of 8 bits or fewer do not run in integers: 'conv2' (unknown), 'fc' (float32: Gemm)."
+    assert f"! {alarm}" in said(capsys, "export", str(deployed_run), "--file", str(file))
+    found = said(capsys, "export", str(deployed_run), "--file", str(file), "--json")
+    assert found["float_fallbacks"] == {"conv2": "unknown", "fc": "float32: Gemm"}
+    shutil.copytree(deployed_run, copied)
+    record = json.loads((copied / "export" / "export.json").read_text())
+    assert record["float_fallbacks"] == {}
+    (copied / "export" / "export.json").write_text(json.dumps({**record, "float_fallbacks": found["float_fallbacks"]}))
+    assert html.escape(alarm) in render(copied)
 
 
 def test_verify_prints_a_table_and_refuses_a_damaged_file_with_exit_code_2(deployed_run, capsys, tmp_path):

@@ -51,6 +51,7 @@ from bitwright.policy import Policy
 from bitwright.progress import Progress
 from bitwright.recipe import load_recipe, parse_yaml
 from bitwright.report import render, terminal
+from bitwright.report.facts import fallback_alarm
 from bitwright.runs import versions, write_text_atomic
 from bitwright.targets import get_target
 from bitwright.translators._command import policy_command, policy_flags
@@ -170,6 +171,8 @@ def export_command(arguments: argparse.Namespace) -> dict[str, Any]:
         return _stage(arguments, "export")
     result = export_file(_existing(arguments), arguments.to, arguments.file, _option_values(arguments.option))
     _say(f"{result['path']}: {result['bytes']} bytes, checked against the network")
+    if result["float_fallbacks"]:
+        _say(f"! {fallback_alarm(result['float_fallbacks'])}")
     return result
 
 

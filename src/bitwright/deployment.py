@@ -55,7 +55,7 @@ def _spelled(widths: tuple[int, ...]) -> str:
 
 
 def check_policy(job: Job, name: str | None, policy: Policy | None) -> dict[str, Any]:
-    """Check a policy, by default the run's own, against a target, by default the run's own.
+    """Check a policy, by default the run's own, against a target, by default the run's own, and say which of its points the run lacks.
 
     Raises:
         TargetError: some sites do not run there; the message names each of them and its nearest widths that do.
@@ -68,7 +68,19 @@ def check_policy(job: Job, name: str | None, policy: Policy | None) -> dict[str,
     target.check(job.trace, policy)
     sites = {site.name: target.runs(site, policy[site.name]) for site in job.trace.sites}
     sys.stdout.write(f"{len(sites)} sites run on {target.name}\n")
-    return {"target": target.name, "version": target.version, "violations": [], "runs": sites}
+    missing = _missing_points(job, target, policy)
+    if missing:
+        ask = f"run the recipe with --target {target.name}, or with quantize.points: [{', '.join(target.points)}]"
+        found = f"the run has no 8-bit points for {', '.join(missing)}, so layers beside such tensors may run in float"
+        sys.stdout.write(f"! {found}; {ask}\n")
+    return {"target": target.name, "version": target.version, "violations": [], "runs": sites, "missing_points": missing}
+
+
+def _missing_points(job: Job, target: Target, policy: Policy) -> list[str]:
+    """Return the kinds of points that a target needs and a run has not; none where no activation is quantized."""
+    if all(bits.a > 8 for bits in policy.values()):
+        return []
+    return [kind for kind in target.points if kind not in (job.quantize_options.points or ())]
 
 
 def verify_command(arguments: argparse.Namespace) -> dict[str, Any]:

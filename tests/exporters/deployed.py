@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +56,55 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class Grouped(nn.Module):
+    """A transposed convolution whose groups share the scales of their output channels, and a BatchNorm after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.norm = nn.Conv2d(3, 6, 3, 2, padding=1), nn.ConvTranspose2d(6, 4, 2, 2, groups=2), nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.up(F.relu(self.stem(x))))))
+
+
+class InPlace(nn.Module):
+    """A residual block as torchvision writes it, whose addition changes a tensor in place."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.head, self.relu, self.change = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5), nn.ReLU(inplace=True), change
+        self.one, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.two, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        out = self.norm2(self.two(self.relu(self.norm1(self.one(x)))))
+        return self.head(self.relu(self.change(out, x)).mean((2, 3)))
+
+
+def into_result(out: Tensor, identity: Tensor) -> Tensor:
+    """Add to a result in place, as torchvision's blocks do."""
+    out += identity
+    return out
+
+
+def into_shortcut(out: Tensor, identity: Tensor) -> Tensor:
+    """Add to a shortcut in place."""
+    identity += out
+    return identity
+
+
+def halved(out: Tensor, identity: Tensor) -> Tensor:
+    """Add and multiply in place."""
+    out += identity
+    out *= 0.5
+    return out
+
+
+IN_PLACE = {"into-result": into_result, "into-shortcut": into_shortcut, "halved": halved}
+
+
 class Plenty(nn.Module):
     """Many kinds of calls."""
 
@@ -83,6 +134,7 @@ NETWORKS = {
     "digits": (lambda: models.build("digits_cnn"), DIGITS),
     "block": (Block, TOKENS),
     "plenty": (Plenty, IMAGES),
+    "grouped": (Grouped, IMAGES),
     "tiny": (
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 8), nn.Linear(8, 5)),
         IMAGES,

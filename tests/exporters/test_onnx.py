@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from deployed import IMAGES, NETWORKS, OptionA, deployed
+from deployed import ALL, IMAGES, IN_PLACE, NETWORKS, InPlace, OptionA, deployed
 from torch import nn
 
 from bitwright.errors import ExportError
 from bitwright.exporters import Source, _plain_copy, export, verify
 from bitwright.policy import Policy
 from bitwright.quant import QuantOptions, quantize
+from bitwright.sites import trace
 
 onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
@@ -28,7 +29,7 @@ def test_power_of_two_scales_are_equal_bit_for_bit_and_every_layer_runs_in_integ
     artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, fallback="raise")
     facts = json.loads((tmp_path / "m.onnx.parity.json").read_text())
     assert facts["exact"] is True
-    assert (artefact.largest_difference, facts["outputs"], facts["float_fallbacks"]) == (0.0, 0.0, [])
+    assert (artefact.largest_difference, facts["outputs"], facts["float_fallbacks"]) == (0.0, 0.0, {})
     assert {row["steps"] for row in facts["alone"] + facts["chained"]} == {0}
     assert all(kind.startswith("int8") for kind in facts["executed"].values())
     assert artefact.levels == verify(tmp_path / "m.onnx").levels
@@ -48,6 +49,28 @@ def test_free_scales_are_within_one_step_layer_by_layer(tmp_path, name, bits):
             assert rows[site, "weight"].levels <= 2**w
         if (site, "weight") in rows and w == 16:
             assert rows[site, "weight"].stored == "BFLOAT16"
+
+
+@pytest.mark.parametrize(("scales", "bits"), [("free", [(8, 8)]), ("free", [(8, 8), (4, 4)]), ("power_of_two", [(8, 8), (3, 5)])])
+def test_groups_of_a_transposed_convolution_share_the_scales_of_their_channels(tmp_path, scales, bits):
+    model, x, policy = deployed("grouped", bits, scales=scales)
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
+    assert artefact.parity["outputs"] < (0.02 if scales == "free" else 1e-6)
+    assert artefact.levels["up"] <= 2 ** policy["up"].w
+
+
+@pytest.mark.parametrize("scales", ["free", "power_of_two"])
+@pytest.mark.parametrize("change", sorted(IN_PLACE))
+def test_what_is_changed_in_place_after_it_was_quantized_is_compared_as_it_was(tmp_path, change, scales):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = InPlace(IN_PLACE[change]).eval()
+    sites = trace(net, IMAGES).sites
+    policy = Policy({site.name: (8, 8) for site in sites})
+    options = QuantOptions(points=ALL, scales=scales)
+    model = quantize(net, policy, calibration=IMAGES, sites=sites, options=options)
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=IMAGES, policy=policy)
+    assert artefact.parity["outputs"] < 0.01
 
 
 def test_the_file_needs_the_checker_and_the_runtime_alone(tmp_path):
@@ -85,9 +108,27 @@ def test_every_quantizer_is_exported(tmp_path, options):
 def test_without_points_layers_fall_back_to_float_and_that_is_said_or_refused(tmp_path):
     model, x, policy = deployed("option-a", [(8, 8)], points=())
     artefact = export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy)
-    assert artefact.parity["float_fallbacks"] == ["stem", "two"]
-    with pytest.raises(ExportError, match="ONNX Runtime runs 'stem', 'two' in float; quantize with a target or points"):
+    fell = dict.fromkeys(("stem", "two"), "float32: FusedConv")
+    assert artefact.to_dict()["float_fallbacks"] == artefact.parity["float_fallbacks"] == fell
+    message = r"does not run these in integers: 'stem' \(float32: FusedConv\), 'two' .*; quantize with a target or points"
+    with pytest.raises(ExportError, match=message):
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, fallback="raise")
+
+
+def test_a_layer_that_is_not_seen_in_the_runtimes_network_is_named_as_a_fall_back(tmp_path, monkeypatch):
+    from bitwright.exporters import onnx as exporter
+
+    model, x, policy = deployed("tiny", [(8, 8)])
+    right = exporter.executed_precision
+    monkeypatch.setattr(exporter, "executed_precision", lambda *given: {**right(*given), "4": "unknown"})
+    assert export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy).float_fallbacks == {"4": "unknown"}
+
+
+@pytest.mark.parametrize("call", [F.leaky_relu, F.hardswish, F.silu, torch.sigmoid])
+def test_a_convolution_falls_back_before_an_activation_that_no_grid_is_taken_through_and_that_is_said(tmp_path, call):
+    model = quantize(Refused(call), Policy({"layer": (8, 8)}), calibration=IMAGES, options=QuantOptions(points=ALL))
+    artefact = export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
+    assert list(artefact.float_fallbacks) == ["layer"]
 
 
 # ---- what is refused
@@ -108,6 +149,12 @@ class Refused(nn.Module):
         (lambda x: torch.fft.fft(x).real, "the call '.*fft.*' in the network itself has no ONNX form"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), r"adaptive pooling from \[8, 8\] to \[3, 3\] has windows of several sizes"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override"),
+        (
+            lambda x: torch.div(x, 0.1, rounding_mode="floor"),
+            "the call 'div' in the network itself has rounding_mode='floor'",
+        ),
+        (lambda x: F.softplus(x, beta=3), "the call 'softplus' in the network itself has beta=3"),
+        (lambda x: x.mean((2, 3), dtype=torch.float64), "the call 'mean' in the network itself has dtype=torch.float64"),
         (lambda x: x if x.sum() > 0 else -x, "cannot be followed as a graph"),
     ],
 )
@@ -116,6 +163,32 @@ def test_what_has_no_form_is_an_error_that_names_it(tmp_path, call, message):
     with pytest.raises(ExportError, match=message):
         export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_ends_in_a_fault_of_its_writer_is_an_error_that_names_it(tmp_path, monkeypatch):
+    from bitwright.exporters import _writing
+
+    monkeypatch.setitem(_writing._OPERATORS, "softmax", lambda writer, node, values: values[9])
+    model = quantize(Refused(lambda x: x.softmax(1)), Policy({"layer": (8, 8)}), calibration=IMAGES)
+    with pytest.raises(ExportError, match=r"the call 'softmax' in the network itself has arguments that .* \(IndexError: list index"):
+        export(model, "onnx", tmp_path / "m.onnx", example=IMAGES)
+
+
+@pytest.mark.parametrize("call", [lambda x: x - x.mean(), lambda x: x / (1 + x.sum().abs()), lambda x: x.mean(dtype=torch.float32) + x])
+def test_a_mean_or_a_sum_without_axes_is_over_all(tmp_path, call):
+    model = quantize(Refused(call), Policy({"layer": (8, 8)}), calibration=IMAGES)
+    assert export(model, "onnx", tmp_path / "m.onnx", example=IMAGES).parity["outputs"] < 0.01
+
+
+@pytest.mark.parametrize(("tokens", "exact"), [(7, False), (8, True)])
+def test_a_mean_is_a_sum_of_integers_where_it_is_over_a_power_of_two_of_values(tmp_path, tokens, exact):
+    class Mean(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).mean(1)
+
+    x = torch.rand(4, tokens, 8, generator=torch.Generator().manual_seed(0))
+    model = quantize(Mean(nn.Linear(8, 4)), Policy({"0": (8, 8)}), calibration=x, options=QuantOptions(scales="power_of_two"))
+    assert export(model, "onnx", tmp_path / "m.onnx", example=x).parity["exact"] is exact
 
 
 def test_wide_half_integer_codes_and_float_networks_and_unknown_options_are_errors(tmp_path):
@@ -147,6 +220,40 @@ def test_outputs_beyond_the_bound_are_refused(tmp_path):
     with pytest.raises(ExportError, match=r"its outputs differ by .* % of the largest .*, and 0\.001 % is allowed"):
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, outputs=1e-5)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sites", [("0",), ("2",), ("0", "2"), ("5",)])
+def test_negated_weights_are_refused_though_a_step_is_all_that_activations_of_one_bit_have(tmp_path, monkeypatch, sites):
+    from bitwright.exporters._emission import Emission
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)).eval()
+    policy = Policy(dict.fromkeys(("0", "2", "5"), (4, 1)))
+    model = quantize(net, policy, calibration=IMAGES)
+    export(model, "onnx", tmp_path / "right.onnx", example=IMAGES, policy=policy)
+    right = Emission._write_codes
+
+    def negated(self, coded, scale, codes):
+        return right(self, coded, scale, -codes if coded.address in sites else codes)
+
+    monkeypatch.setattr(Emission, "_write_codes", negated)
+    found = (
+        r"its outputs differ by .* and 1 % is allowed" if sites == ("5",) else r"\(1 bit\) differ, by .* steps in all, and .* are allowed"
+    )
+    with pytest.raises(ExportError, match=f"ONNX Runtime does not reproduce the network: .*{found}; nothing was written"):
+        export(model, "onnx", tmp_path / "wrong.onnx", example=IMAGES, policy=policy)
+
+
+def test_what_outputs_may_differ_by_is_far_from_all_of_them_at_any_width():
+    from bitwright.exporters._graph import capture
+    from bitwright.exporters._parity import allowed_outputs
+
+    allowed = []
+    for width in (1, 2, 3, 4, 8):
+        model, x, _ = deployed("tiny", [(8, width)])
+        allowed.append(allowed_outputs(capture(model, x), None))
+    assert allowed == [0.3, 0.3, 2 / 7, 2 / 15, 0.05]
 
 
 # ---- verify
@@ -299,6 +406,22 @@ def test_an_option_of_another_type_is_one_line(tmp_path, option, value):
     model, x, policy = deployed("tiny", [(8, 8)])
     with pytest.raises(ExportError, match=f"export: (option )?{option}"):
         export(model, "onnx", tmp_path / "m.onnx", example=x, policy=policy, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("to", "option", "value", "expected"),
+    [
+        ("onnx", "outputs", "nan", "expected a finite number"),
+        ("openvino", "outputs", "inf", "expected a finite number"),
+        ("qonnx", "outputs", -0.1, "expected greater than or equal to 0"),
+        ("onnx", "steps", "-1", "expected greater than or equal to 0"),
+        ("qonnx", "steps", -1, "expected greater than or equal to 0"),
+    ],
+)
+def test_a_bound_that_is_no_number_of_0_or_more_is_one_line(tmp_path, to, option, value, expected):
+    model, x, policy = deployed("tiny", [(8, 8)])
+    with pytest.raises(ExportError, match=f"export: option {option}={value!r}: {expected}$"):
+        export(model, to, tmp_path / "m.xml", example=x, policy=policy, **{option: value})
 
 
 def test_a_last_layer_that_computes_something_else_is_refused_whatever_the_width_of_the_grids(tmp_path):

@@ -77,6 +77,32 @@ def test_few_bit_activations_that_come_out_right_pass_at_the_same_bound(tmp_path
     assert export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy).parity["outputs"] < 1e-4
 
 
+class Tokens(nn.Module):
+    """Two layers over tokens, and an average over these at the network's output, before a function, or between the layers."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.one, self.two, self.place = nn.Linear(6, 8), nn.Linear(8, 3), place
+
+    def forward(self, x):
+        if self.place == "between":
+            return self.two(self.one(x).mean(1))
+        x = self.two(self.one(x)).mean(1)
+        return x if self.place == "output" else torch.relu(x)
+
+
+@pytest.mark.parametrize("place", ["output", "function", "between"])
+def test_an_average_over_tokens_behind_a_point_is_right(tmp_path, place):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, x = Tokens(place).eval(), torch.rand(8, 7, 6)
+    sites = trace(net, x).sites
+    policy = Policy({site.name: (8, 8) for site in sites})
+    model = quantize(net, policy, calibration=x, sites=sites, options=QuantOptions(points=ALL)).eval()
+    artefact = export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+    assert set(artefact.parity["executed"].values()) == {"int8"}
+
+
 def test_layers_that_run_otherwise_and_two_float_types_are_refused(tmp_path):
     model, x, policy = deployed("block", [(8, 8)])
     with pytest.raises(ExportError, match="does not run 2 layers as the policy says: 'attention#qk' is W8A8 and runs in"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deployed import ALL, IMAGES, InPlace, into_result, network
 from torch import nn
 
 from bitwright.costs import BitOps
@@ -82,6 +83,21 @@ def test_qonnx_counts_bit_operations_as_we_do(tmp_path, pairs):
     counted = inference_costs(artefact.path)
     assert costs_by_site(counted, traced.sites) == {site.name: BitOps()(site, policy[site.name]) for site in traced.sites}
     assert {name: cost["macs"] for name, cost in counted.items()} == {site.name: site.macs for site in traced.sites}
+
+
+@pytest.mark.parametrize("w", [1, 4])
+def test_groups_of_a_transposed_convolution_share_the_scales_of_their_channels(tmp_path, w):
+    net, images = network("grouped")
+    artefact, _, _, _ = written(tmp_path, [(8, 8), (w, 6), (8, 8)], net=net, images=images)
+    assert artefact.parity["outputs"] < 1e-4
+
+
+def test_what_is_changed_in_place_after_it_was_quantized_is_compared_as_it_was(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = InPlace(into_result).eval()
+    artefact, _, _, _ = written(tmp_path, [(8, 8)] * 4, net=net, images=IMAGES, points=ALL)
+    assert artefact.parity["outputs"] < 0.01
 
 
 def test_one_bit_is_a_bipolar_quant_of_ones(tmp_path):
@@ -254,6 +270,29 @@ def test_a_network_that_the_file_does_not_reproduce_leaves_no_file(tmp_path, mon
     with pytest.raises(ExportError, match="qonnx does not reproduce the network"):
         written(tmp_path, [(8, 8)] * 4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("activations", [1, 2, 3])
+@pytest.mark.parametrize("sites", [("0",), ("0", "2", "4"), ("4",)])
+def test_negated_weights_leave_no_file_whatever_the_width_of_activations(tmp_path, monkeypatch, activations, sites):
+    pytest.importorskip("qonnx", reason=ABSENT)
+    from bitwright.exporters.qonnx import QuantEmission
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    images = torch.rand(32, 12)
+    artefact, _, _, _ = written(tmp_path, [(4, activations)] * 3, net=net, images=images)
+    artefact.path.unlink()
+    right = QuantEmission._write_codes
+
+    def negated(self, coded, scale, codes):
+        return right(self, coded, scale, (-codes).clip(-8, 7) if coded.address in sites else codes)
+
+    monkeypatch.setattr(QuantEmission, "_write_codes", negated)
+    found = r"given the network's own codes, its outputs differ" if sites == ("4",) else "does not reproduce the network"
+    with pytest.raises(ExportError, match=found):
+        written(tmp_path, [(4, activations)] * 3, net=net, images=images)
+    assert not (tmp_path / "net.qonnx").exists()
 
 
 def test_a_node_of_no_site_is_named():

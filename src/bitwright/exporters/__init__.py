@@ -58,6 +58,11 @@ class Artefact:
     largest_difference: float = 0.0
     parity: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def float_fallbacks(self) -> dict[str, str]:
+        """Layers of 8 bits or fewer that the runtime does not run in integers, or is not seen to, with what it runs for them."""
+        return dict(self.parity.get("float_fallbacks", {}))
+
     def to_dict(self) -> dict[str, object]:
         """Return JSON-able values; the path as its last part."""
         return {
@@ -67,6 +72,7 @@ class Artefact:
             "parts": dict(self.parts),
             "levels": dict(self.levels),
             "largest_difference": self.largest_difference,
+            "float_fallbacks": self.float_fallbacks,
         }
 
 
@@ -249,7 +255,7 @@ def export(
     for key in options:
         if key not in known:
             raise ExportError(f"export: no option '{key}' for {to}; {nearest(key, known)}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     exporter, path = kind(**{key: _typed(hints[key], key, value) for key, value in options.items()}), Path(path)
     if kind.companions and path.suffix not in kind.suffixes:  # their names are made from it
         raise ExportError(f"{path}: a file of {to} ends in {' or '.join(kind.suffixes)}; name it {path.with_suffix(kind.suffixes[0]).name}")
@@ -306,6 +312,15 @@ def check_policy(policy: Mapping[str, Bits], layers: Mapping[str, Bits]) -> None
     found = policy_gap(policy, layers)
     if found is not None:
         raise ExportError(f"export: {found}; pass the policy it was quantized with")
+
+
+def spelled_fallbacks(fallbacks: Mapping[str, str]) -> str:
+    """Return layers that do not run in integers, for people.
+
+    >>> spelled_fallbacks({"conv3": "float32: FusedConv", "fc": "unknown"})
+    "'conv3' (float32: FusedConv), 'fc' (unknown)"
+    """
+    return ", ".join(f"'{name}' ({kind})" for name, kind in fallbacks.items())
 
 
 def _write_parity(path: Path, to: str, found: Check) -> None:

@@ -7,7 +7,7 @@ the output channels, and beta becomes an integer of the accumulator's step :math
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -73,8 +73,8 @@ class ActivationForm(ABC):
     """How a format writes the rounding of an activation."""
 
     @abstractmethod
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
-        """Write it; return the rounded tensor, the tensor of codes ('' where there is none), and the code of zero."""
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
+        """Write it for the calls that read it; return the rounded tensor, the tensor of codes ('' for none), and the code of zero."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Emission:
         clipped = self._clipped(cast(fx.Node, node.args[0]), grid)
         if self.steps.get(x) == grid.step and kind_of(cast(fx.Node, node.args[0])) == "mark":
             return x  # on this grid already
-        out, codes, zero = self.form.activations.write(self.writer, x, clipped, mark.name)
+        out, codes, zero = self.form.activations.write(self.writer, x, clipped, mark.name, list(node.users))
         self.steps[out] = grid.step
         bits = 8 if mark.role == "point" else mark.bits.a
         self.emitted.points.append(PointRecord(mark.name, bits, node.name, codes, zero, grid.step, clipped.low, clipped.high))
@@ -358,7 +358,7 @@ class Emission:
         if affine is not None:
             value = affine[0] * value + affine[1]
         if step is not None and weight_step is not None and self.form.round_biases:
-            product = np.float32(step) * weight_step.astype(np.float32) * np.ones(len(value), np.float32)
+            product = np.float32(step) * for_outputs(weight_step.astype(np.float32), len(value))
             codes = np.rint(value / product.astype(np.float64))
             if np.abs(codes).max(initial=0) < 2**31:
                 written = self.writer.constant(codes.astype(np.int32), f"{name}.bias")
@@ -425,7 +425,7 @@ def _finer(weight: Coded, bias: Tensor | None, affine: Any, step: float | None, 
     scale = _by_channel(weight.scale.double().numpy(), axis)
     if affine is not None:
         value, scale = affine[0] * value + affine[1], scale * affine[0]
-    units = value / (scale * np.float32(step))
+    units = value / (for_outputs(scale, len(value)) * np.float32(step))
     if np.array_equal(units, np.rint(units)):
         return weight
     factor = 1
@@ -436,6 +436,15 @@ def _finer(weight: Coded, bias: Tensor | None, affine: Any, step: float | None, 
 
 def _by_channel(scale: Floats, axis: int) -> Floats:
     return np.moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0].copy()
+
+
+def for_outputs(steps: NDArray[Any], count: int) -> NDArray[Any]:
+    """Return a weight's steps for each of so many output channels: the groups of a transposed convolution share theirs.
+
+    >>> for_outputs(np.array([0.5, 0.25]), 4).tolist()
+    [0.5, 0.25, 0.5, 0.25]
+    """
+    return np.tile(steps, count // len(steps))
 
 
 def _scale_axis(scale: Floats, address: str) -> int | None:

@@ -188,6 +188,13 @@ def kind_of(node: fx.Node) -> str:
     return str(name[:-1] if name.endswith("_") and not name.endswith("__") else name)
 
 
+def averaged_axes(node: fx.Node) -> list[int]:
+    """Return the axes that a mean or a sum is over, in order: all of them where it names none."""
+    dims = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    asked = node.args[1] if len(node.args) > 1 else None
+    return sorted(int(k) % dims for k in asked) if asked else list(range(dims))  # type: ignore[union-attr, arg-type]
+
+
 def module_of(node: fx.Node) -> str:
     """Return the path of the module whose forward makes a node's call."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -206,8 +213,9 @@ class _Run(fx.Interpreter):
         if kind_of(n) != "mark":
             return super().run_node(n)
         (x, key), _ = self.fetch_args_kwargs_from_env(n)
-        self.marked[n.name] = self.program.marks[key].quantizer(x)
-        return self.marked[n.name]
+        out = self.program.marks[key].quantizer(x)
+        self.marked[n.name] = out.clone()  # a later call may change the tensor in place
+        return out
 
 
 def run(program: Program, example: Example) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from bitwright.exporters._graph import Program, is_binary, kind_of
+from bitwright.exporters._graph import Program, averaged_axes, is_binary, kind_of
 from bitwright.quant.quantizers import ActivationQuantizer
 
 NOTHING = frozenset({"dropout", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "feature_dropout"})
@@ -63,11 +63,10 @@ def _read_instead(node: fx.Node, new: fx.Node) -> None:
 
 def spatial_mean(node: fx.Node) -> bool:
     """Return whether a node averages all that follows the channels."""
-    if kind_of(node) != "mean" or len(node.args) < 2:
+    if kind_of(node) != "mean":
         return False
-    value = node.args[0].meta["val"]  # type: ignore[union-attr]
-    axes = sorted(int(k) % value.dim() for k in node.args[1])  # type: ignore[union-attr, arg-type]
-    return value.dim() > 2 and axes == list(range(2, value.dim()))
+    dims = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    return dims > 2 and averaged_axes(node) == list(range(2, dims))
 
 
 def _split_means(graph: fx.Graph) -> None:

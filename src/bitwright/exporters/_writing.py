@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from bitwright.errors import ExportError
-from bitwright.exporters._graph import kind_of, module_of
+from bitwright.exporters._graph import averaged_axes, kind_of, module_of
 
 Array = NDArray[Any]
 
@@ -90,8 +90,44 @@ def text(writer: Writer, value: Any) -> str:
 
 
 def operate(writer: Writer, node: fx.Node, values: Values, name: str = "") -> Any:
-    """Write a call without a weight on a grid, its node under a name if one is given; raises `ExportError` for an unknown call."""
-    kind = kind_of(node)
+    """Write a call without a weight on a grid, its node under a name if one is given.
+
+    Raises:
+        ExportError: the call is unknown, or has an argument that nothing here writes; the message names it and its module.
+    """
+    kind, where = kind_of(node), module_of(node)
+    call = f"the call '{kind}' in {repr(where) if where else 'the network itself'}"
+    extra = _unwritten(node, kind, values)
+    if extra:
+        raise ExportError(f"export: {call} has {', '.join(extra)}, which has no ONNX form here; leave that out, or write it as other calls")
+    try:
+        written = _operated(writer, node, kind, values, name)
+    except (IndexError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {str(error)[:80]}"
+        raise ExportError(f"export: {call} has arguments that have no ONNX form here ({found}); write it as other calls") from error
+    if written is None:
+        raise ExportError(f"export: {call} has no ONNX form here; replace it, or leave it out of the network that is exported")
+    return written
+
+
+def _unwritten(node: fx.Node, kind: str, values: Values) -> list[str]:
+    """Return the arguments of a call, as ``name=value``, that change its result and that nothing here writes."""
+    schema = getattr(node.target, "_schema", None)
+    most = 1 if kind in _UNARY else 2 if kind in _BINARY else len(values)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    found = list(zip(names[most:], values[most:], strict=False))
+    found += [(key, value) for key, value in node.kwargs.items() if key not in _KEYWORDS.get(kind, ()) and value not in (None, False)]
+    return [f"{key}={value!r}" for key, value in found if key != "dtype" or not _same_type(node)]
+
+
+def _same_type(node: fx.Node) -> bool:
+    """Return whether a result has the type of the first operand."""
+    before, after = (getattr(part.meta.get("val"), "dtype", None) for part in (node.args[0], node))  # type: ignore[union-attr]
+    return before == after
+
+
+def _operated(writer: Writer, node: fx.Node, kind: str, values: Values, name: str) -> Any:
+    """Write a call; return None for an unknown one."""
     if kind in _UNARY:
         return writer.node(_UNARY[kind], [text(writer, values[0])])
     if kind in _BINARY:
@@ -104,11 +140,7 @@ def operate(writer: Writer, node: fx.Node, values: Values, name: str = "") -> An
         return _batch_norm(writer, values, name)
     if kind in _OPERATORS:
         return _OPERATORS[kind](writer, node, values)
-    where = module_of(node)
-    place = f"'{where}'" if where else "the network itself"
-    raise ExportError(
-        f"export: the call '{kind}' in {place} has no ONNX form here; replace it, or leave it out of the network that is exported"
-    )
+    return None
 
 
 _UNARY = {
@@ -138,6 +170,8 @@ _BINARY = {
     "bmm": "MatMul",
     "mm": "MatMul",
 }
+_KEYWORDS = {"add": ("alpha",), "sub": ("alpha",), "gelu": ("approximate",), "scaled_dot_product_attention": ("scale",)}
+"""Arguments given by keyword that are written."""
 
 
 def _argument(node: fx.Node, values: Values, place: int, name: str, default: Any = None) -> Any:
@@ -260,8 +294,7 @@ def _adaptive(writer: Writer, node: fx.Node, values: Values) -> str:
 
 
 def _mean(writer: Writer, node: fx.Node, values: Values) -> str:
-    value = node.args[0].meta["val"]  # type: ignore[union-attr]
-    axes = sorted(int(k) % value.dim() for k in values[1])
+    value, axes = node.args[0].meta["val"], averaged_axes(node)  # type: ignore[union-attr]
     keep = bool(_argument(node, values, 2, "keepdim", False))
     if kind_of(node) == "mean" and keep and value.dim() > 2 and axes == list(range(2, value.dim())):
         return str(writer.node("GlobalAveragePool", [values[0]]))

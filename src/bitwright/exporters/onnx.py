@@ -22,12 +22,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from bitwright.errors import ExportError
-from bitwright.exporters import Check, Exporter, Source, Verification
+from bitwright.exporters import Check, Exporter, Source, Verification, spelled_fallbacks
 from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._emission import ActivationForm, Emission, Emitted, Form, Grid, PointRecord, WeightRecord, float_layers
 from bitwright.exporters._graph import Program, capture, run
 from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
-from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 
@@ -42,7 +42,7 @@ INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQ
 class QDQ(ActivationForm):
     """Quantize, clip the integers where there are fewer than 8 bits, dequantize."""
 
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
         """Write three nodes, or two."""
         zero = 128 if grid.signed else 0
         step, origin = writer.constant(np.float32(grid.step), f"{name}_scale"), writer.constant(np.uint8(zero), f"{name}_zero")
@@ -72,15 +72,18 @@ class Onnx(Exporter):
         types: ``int8`` stores weights of few bits in 8-bit integers, so that integer kernels apply; ``native`` uses INT4 and INT2 for
             layers whose activations stay in float, which have no integer kernel to lose.
         steps: how many steps a code may differ by when the file is given the network's own codes before it; where all scales are
-            powers of two and every call sums integers, it may not differ at all.
-        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid where not given.
-        fallback: ``report`` lists layers that the runtime runs in float though both widths are 8 or fewer; ``raise`` refuses them.
+            powers of two and every call sums integers, it may not differ at all. On average codes may differ by the
+            share of their grid that so many steps of 8 bits are.
+        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid, 5 to 30 %,
+            where not given.
+        fallback: ``report`` lists layers that the runtime runs in float, or is not seen to run in integers, though both widths are 8 or
+            fewer; ``raise`` refuses them.
     """
 
     suffixes = (".onnx",)
     types: Literal["int8", "native"] = "int8"
-    steps: int = 1
-    outputs: float | None = None
+    steps: Steps = 1
+    outputs: Share | None = None
     fallback: Literal["report", "raise"] = "report"
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
@@ -103,10 +106,11 @@ class Onnx(Exporter):
         judge(parity, self.steps, allowed_outputs(written.program, self.outputs), "ONNX Runtime")
         verified = verify_file(onnx, path, run_session)
         executed = executed_precision(model, list(written.emitted.layers))
-        fell = sorted(set(executed_float(executed)) - set(float_layers(written.emitted.layers)))
+        expected_float = float_layers(written.emitted.layers)
+        fell = {name: kind for name, kind in executed.items() if not kind.startswith("int") and name not in expected_float}
         if fell and self.fallback == "raise":
             ask = "quantize with a target or points, or give fallback='report'"
-            raise ExportError(f"export: ONNX Runtime runs {', '.join(repr(name) for name in fell[:6])} in float; {ask}")
+            raise ExportError(f"export: ONNX Runtime does not run these in integers: {spelled_fallbacks(fell)}; {ask}")
         facts = {**parity.to_dict(), "executed": executed, "float_fallbacks": fell}
         return Check(verified.levels, parity.difference, facts)
 
@@ -250,7 +254,10 @@ def with_codes(model: Any, points: Sequence[PointRecord], *, cut: bool) -> bytes
 
 
 def executed_precision(model: Any, addresses: Sequence[str]) -> dict[str, str]:
-    """Return what ONNX Runtime runs for each layer: its node after all optimisations, as ``int8: QLinearConv`` or ``float32: Conv``."""
+    """Return what ONNX Runtime runs for each layer: its node after all optimisations, as ``int8: QLinearConv`` or ``float32: Conv``.
+
+    It is ``unknown`` where no node has the layer's name.
+    """
     import tempfile  # noqa: PLC0415  (only where it is used)
 
     onnx = required("onnx")
@@ -265,11 +272,6 @@ def executed_precision(model: Any, addresses: Sequence[str]) -> dict[str, str]:
             kind = "int8" if node.op_type.startswith(INTEGER_KERNELS) else "int4" if node.op_type == "MatMulNBits" else "float32"
             found[address] = f"{kind}: {node.op_type}"
     return {address: found.get(address, "unknown") for address in addresses}
-
-
-def executed_float(executed: Mapping[str, str]) -> list[str]:
-    """Return the layers that run in float."""
-    return [name for name, kind in executed.items() if kind.startswith("float")]
 
 
 __all__ = ["Onnx", "WeightRecord"]

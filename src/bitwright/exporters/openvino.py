@@ -1,8 +1,9 @@
 """OpenVINO's own format: a network whose layers run in 8-bit integers or bfloat16 as the policy says, read back from the runtime.
 
-The model is written as ONNX in memory and converted. Activations of 8 bits are quantize/dequantize pairs, of fewer bits a
-``FakeQuantize`` of so many levels. A compiled network has one type for all that is not in integers: bfloat16 if the policy has
-16-bit layers, else float32; the file says which one to compile with (``runtime_options`` under ``bitwright`` in its ``rt_info``).
+The model is written as ONNX in memory and converted. Activations of 8 bits are quantize/dequantize pairs, of fewer bits, and where they
+are averaged over tokens, a ``FakeQuantize`` of so many levels. A compiled network has one type for all that is not in integers: bfloat16
+if the policy has 16-bit layers, else float32; the file says which one to compile with (``runtime_options`` under ``bitwright`` in its
+``rt_info``).
 
 Before the file may stay it is compiled and run: every layer's executed precision is compared with the policy, and the outputs with
 the network's, because some integer paths compute activations of few bits wrongly without saying so.
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import fx
 
 from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, TensorCheck, Verification, outputs
 from bitwright.exporters._emission import ActivationForm, Form, Grid
-from bitwright.exporters._graph import capture
+from bitwright.exporters._graph import capture, kind_of
 from bitwright.exporters._onnx_file import answer_gap, content_of_text, content_text
-from bitwright.exporters._parity import output_gaps
-from bitwright.exporters._rewrite import rewrite
+from bitwright.exporters._parity import Share, output_gaps
+from bitwright.exporters._rewrite import rewrite, spatial_mean
 from bitwright.exporters._sample import SAMPLES, sample_of
 from bitwright.exporters._writing import Writer
 from bitwright.exporters.onnx import QDQ, Written, inputs_of, required, written
@@ -41,12 +43,16 @@ LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution", "Subgraph"
 
 
 class FewLevels(ActivationForm):
-    """Quantize and dequantize at 8 bits; a FakeQuantize of so many levels below."""
+    """Quantize and dequantize at 8 bits; a FakeQuantize of so many levels below, and where an average over tokens reads the values.
 
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
+    OpenVINO gives zeros for the average of a linear layer's result over tokens behind a quantization and a dequantization.
+    """
+
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
         """Write the nodes."""
-        if grid.high - grid.low == 255:
-            out, codes, zero = QDQ().write(writer, x, grid, name)
+        averaged = any(kind_of(reader) == "mean" and not spatial_mean(reader) for reader in readers)
+        if grid.high - grid.low == 255 and not averaged:
+            out, codes, zero = QDQ().write(writer, x, grid, name, readers)
             return out, codes, zero
         bounds = [writer.constant(np.float32(code * grid.step), f"{name}_bound") for code in (grid.low, grid.high)]
         levels = grid.high - grid.low + 1
@@ -64,7 +70,7 @@ class OpenVINO(Exporter):
 
     suffixes = (".xml",)
     companions = (".bin",)
-    outputs: float = 0.05
+    outputs: Share = 0.05
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
         """Write both files; raises `ExportError` for what cannot be one compiled network."""

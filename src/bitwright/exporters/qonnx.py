@@ -24,10 +24,10 @@ from torch import fx
 from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, Verification
 from bitwright.exporters import outputs as network_outputs
-from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord
+from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord, for_outputs
 from bitwright.exporters._graph import capture, run
 from bitwright.exporters._onnx_file import FORMAT, KEY, content_of_text, read_model, stamp, verify_file
-from bitwright.exporters._parity import Parity, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._quant_nodes import recount
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
@@ -41,7 +41,7 @@ DOMAINS = {QONNX_DOMAIN: 1}
 class QuantForm(ActivationForm):
     """Rounding and clipping in one node, its result in float."""
 
-    def write(self, writer: Writer, x: str, grid: Grid, name: str) -> tuple[str, str, int]:
+    def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
         """Write the node."""
         width = 1 if (grid.low, grid.high) in ((-1, 1), (0, 1)) else int(grid.high - grid.low).bit_length()
         return _quant(writer, x, np.float32(grid.step), width, name, signed=grid.signed), "", 0
@@ -104,7 +104,8 @@ class QuantEmission(Emission):
         if not late:
             return out
         dims, axis = int(kind[-2]), 1 if kind.startswith("conv_transpose") else 0
-        return self._rescaled(out, name, axis, values[2] if len(values) > 2 else None, dims)
+        groups = int(values[6]) if axis and len(values) > 6 else 1
+        return self._rescaled(out, name, axis, values[2] if len(values) > 2 else None, dims, groups)
 
     def _linear(self, node: fx.Node, x: str, w: str, b: str, name: str) -> str:
         if name not in self.after:
@@ -113,12 +114,12 @@ class QuantEmission(Emission):
         axis = 1 if self._turns(node) else 0
         return self._rescaled(out, name, axis, self.env[node.args[2]] if len(node.args) > 2 and node.args[2] is not None else None, 0)  # type: ignore[index]
 
-    def _rescaled(self, out: str, name: str, axis: int, bias: Any, dims: int) -> str:
-        """Multiply a layer's result by its weight's scales, and add the bias."""
+    def _rescaled(self, out: str, name: str, axis: int, bias: Any, dims: int, groups: int = 1) -> str:
+        """Multiply a layer's result by its weight's scales, which the groups of a transposed convolution share, and add the bias."""
         steps = self.after.pop(name)
         channel = np.moveaxis(steps, axis, 0).reshape(steps.shape[axis], -1)[:, 0]
         shape = [-1] + [1] * dims
-        scales = channel if np.any(channel != channel[0]) else channel[:1]
+        scales = for_outputs(channel, len(channel) * groups) if np.any(channel != channel[0]) else channel[:1]
         out = self.writer.node("Mul", [out, self.writer.constant(scales.reshape(shape).astype(np.float32), f"{name}.scale")])
         if bias is not None:
             out = self.writer.node("Add", [out, self.writer.constant(bias.float().numpy().reshape(shape), f"{name}.bias")])
@@ -146,14 +147,16 @@ class Qonnx(Exporter):
     Attributes:
         batch: images that the file's input has; FPGA flows want 1.
         steps: how many steps a code may differ by when the file is given the network's own tensors before it; where all scales are powers
-            of two and every call sums integers, it may not differ at all.
-        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid where not given.
+            of two and every call sums integers, it may not differ at all. On average codes may differ by the share of
+            their grid that so many steps of 8 bits are.
+        outputs: how far outputs may differ, as a share of the largest, likewise; two steps of the coarsest activation grid, 5 to 30 %,
+            where not given.
     """
 
     suffixes = (".qonnx",)
     batch: int = 1
-    steps: int = 1
-    outputs: float | None = None
+    steps: Steps = 1
+    outputs: Share | None = None
 
     def write(self, source: Source, path: Path) -> Mapping[str, int]:
         """Write the file; raises `ExportError` for a call or a grid that has no QONNX form here."""
@@ -301,14 +304,16 @@ def compare(source: Source, made: Written, model: Any) -> Parity:
     tensors = {point.node: made.tensors[point.node] for point in points}
     inputs = inputs_of(made.program, source)
     whole, _ = execute(model, inputs)
-    _, alone = execute(model, inputs, {tensors[point.node]: marked[point.node].detach().numpy() for point in points})
+    given, alone = execute(model, inputs, {tensors[point.node]: marked[point.node].detach().numpy() for point in points})
     codes = {point.node: codes_of(marked[point.node], point) for point in points}
 
     def compared(found: Mapping[str, Any]) -> Any:
         return rows(points, codes, {node: codes_of(torch.from_numpy(found[name]), _of(points, node)) for node, name in tensors.items()})
 
-    share, largest, agreement = output_gaps(wanted, [whole[value.name] for value in model.graph.output])
-    return Parity(is_exact(made.program), compared(alone), compared(whole), share, largest, agreement)
+    results = [value.name for value in model.graph.output]
+    share, largest, agreement = output_gaps(wanted, [whole[name] for name in results])
+    last, _, _ = output_gaps(wanted, [given[name] for name in results])
+    return Parity(is_exact(made.program), compared(alone), compared(whole), share, largest, agreement, last)
 
 
 def _of(points: Sequence[PointRecord], node: str) -> PointRecord:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import RunError
+from bitwright.exporters import spelled_fallbacks
 from bitwright.policy import Bits, Policy
 from bitwright.runs import Run, read_jsonl
 
@@ -127,10 +128,18 @@ def alarms(facts: Facts) -> list[str]:
     found += dict.fromkeys(table["elsewhere"] for table in tables if table.get("elsewhere"))
     if facts.additivity.get("warning"):
         found.append(facts.additivity["warning"])
+    if facts.artefact.get("float_fallbacks"):
+        found.append(fallback_alarm(facts.artefact["float_fallbacks"]))
     found += _search_alarms(facts)
     found += _unspent(facts)
     found += _accuracy_alarms(facts)
     return found
+
+
+def fallback_alarm(fallbacks: Mapping[str, str]) -> str:
+    """Return what is to be known of layers that do not run in integers."""
+    count = f"{len(fallbacks)} layer{'s' * (len(fallbacks) != 1)} of 8 bits or fewer"
+    return f"In the exported file {count} do{'es' * (len(fallbacks) == 1)} not run in integers: {spelled_fallbacks(fallbacks)}."
 
 
 def _search_alarms(facts: Facts) -> list[str]:
