@@ -45,7 +45,7 @@ LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution", "Subgraph"
 class FewLevels(ActivationForm):
     """Quantize and dequantize at 8 bits; a FakeQuantize of so many levels below, and where an average over tokens reads the values.
 
-    OpenVINO gives zeros for the average of a linear layer's result over tokens behind a quantization and a dequantization.
+    OpenVINO gives wrong values for the average of a linear layer's result over tokens behind a quantization and a dequantization.
     """
 
     def write(self, writer: Writer, x: str, grid: Grid, name: str, readers: Sequence[fx.Node]) -> tuple[str, str, int]:
