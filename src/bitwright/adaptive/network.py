@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from bitwright.adaptive.execution import AdaptiveLayer, Decision, Ledger, Pass, 
 from bitwright.adaptive.relaxations import Chosen, Draw, concrete, gaussian, settled
 from bitwright.errors import BitwrightError, DataError, SiteError
 from bitwright.policy import Bits, Policy
-from bitwright.quant.convert import layer_inputs
+from bitwright.quant.convert import layer_calls
 from bitwright.quant.functional import UNTOUCHED
 from bitwright.quant.gates import Gate, GatedActivation, GatedWeight, LayerGates, switchable
 from bitwright.quant.modules import Op, QuantLayer, evaluating, replace_module
@@ -285,7 +286,7 @@ class AdaptiveNet(nn.Module):
         with torch.no_grad(), evaluating(self):
             for norm in norms:
                 norm.train()
-                norm.momentum = 1.0
+                norm.momentum = None
             for choice in range(len(self.space.choices)):
                 self(images, forced=self.forced_to(choice, len(images)))
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -380,9 +381,9 @@ def adapt(
     for site in space.sites:
         for path in site.layers:
             _swap_layer(network, path, space, owners.get(path, -1), shared, normalised=path in links)
-    for path, norm in links.items():
+    for path, (norm, calls) in links.items():
         bn = cast(BatchNorm, network.get_submodule(norm))
-        replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared))
+        replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared, calls=calls))
     actor = actor_for(model, space, images, options, conditions=conditions, seed=seed).to(images.device)
     net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions).to(images.device)
     net.observe(images)
@@ -419,16 +420,21 @@ def _swap_layer(network: nn.Module, path: str, space: Space, site: int, shared: 
     replace_module(network, path, new.train(layer.training))
 
 
-def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, str]:
-    """Return the BatchNorm that reads the very output of each layer, by the layer's path; layers without one are left out."""
+def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return the BatchNorm that reads the very output of each layer at every call and nothing else, and how many calls that are.
+
+    Layers without one are left out.
+    """
     made: dict[int, str] = {}
-    links: dict[str, str] = {}
+    calls: Counter[str] = Counter()
+    reads: dict[str, list[str | None]] = {}
     kept: list[Tensor] = []
     handles = []
     for path in paths:
 
         def produced(_: nn.Module, __: object, output: Tensor, path: str = path) -> None:
             made[id(output)] = path
+            calls[path] += 1
             kept.append(output)  # an identity is only worth something while the tensor lives
 
         handles.append(model.get_submodule(path).register_forward_hook(produced))
@@ -436,8 +442,7 @@ def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, 
         if isinstance(module, BatchNorm) and module.running_mean is not None:
 
             def read(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if id(args[0]) in made:
-                    links.setdefault(made[id(args[0])], name)
+                reads.setdefault(name, []).append(made.get(id(args[0])))
 
             handles.append(module.register_forward_pre_hook(read))
     try:
@@ -446,15 +451,19 @@ def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-    taken = list(links.values())
-    return {path: norm for path, norm in links.items() if taken.count(norm) == 1}
+    links: dict[str, tuple[str, int]] = {}
+    for name, sources in reads.items():
+        source = sources[0]
+        if source is not None and sources == [source] * calls[source]:
+            links.setdefault(source, (name, calls[source]))
+    return links
 
 
 def _site_inputs(model: nn.Module, space: Space, images: Tensor) -> list[SiteInput]:
-    """Return what enters the first layer of each deciding site."""
+    """Return what enters the first layer of each deciding site at its first call, where the site decides."""
     first = [next(site.layers[0] for site in space.sites if site.name == name) for name in space.names]
-    seen = layer_inputs(model, first, images)
-    return [SiteInput(tuple(seen[path].shape[1:]), Op.of(model.get_submodule(path)).kind == "linear") for path in first]
+    seen = layer_calls(model, first, images)
+    return [SiteInput(tuple(seen[path][0].shape[1:]), Op.of(model.get_submodule(path)).kind == "linear") for path in first]
 
 
 __all__ = ["AdaptiveNet", "Space", "adapt", "check_finite", "follow"]
