@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from bitwright.adaptive.actor import ActorOptions
 from bitwright.adaptive.execution import Decision, Pass, SwitchableNorm
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
 from bitwright.adaptive.relaxations import Draw
+from bitwright.errors import DataError
 from bitwright.policy import Bits
 from bitwright.sites import trace
 
@@ -127,3 +130,22 @@ def test_a_norm_after_some_of_the_calls_stays_one_for_all_widths(two: bool) -> N
     net(x, draw=Draw.of((1, 8, 3), torch.Generator().manual_seed(0), 1.0, 1.0)).square().mean().backward()
     assert not net._shared.owed  # what a neighbour gives is not left behind
     assert net.actor.scores_of.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.rand(2, 1, 32, 32), r"torch\.float32 of shape \(2, 1, 32, 32\)"),
+        (torch.rand(1, 8, 8), r"torch\.float32 of shape \(1, 8, 8\)"),
+        (torch.rand(2, 1, 8, 8).double(), r"torch\.float64 of shape \(2, 1, 8, 8\)"),
+        (torch.rand(0, 1, 8, 8), r"torch\.float32 of shape \(0, 1, 8, 8\)"),
+        (torch.rand(2, 1, 8, 8).numpy(), "a ndarray"),
+    ],
+)
+def test_an_adaptive_network_takes_images_of_one_size_and_type(x: Tensor, found: str) -> None:
+    net = adaptive(Halves(two=True), torch.rand(4, 1, 8, 8), ("again",), ActorOptions("static"))
+    wanted = r"give a tensor of torch\.float32 and shape \(N, 1, 8, 8\), N at least 1; images of another size need one of their own"
+    for one in (net.train(), copy.deepcopy(net).eval()):
+        with pytest.raises(DataError, match=f"^adaptive network: got {found}; {wanted}"):
+            one(x)
+        assert len(one(torch.rand(3, 1, 8, 8))) == 3

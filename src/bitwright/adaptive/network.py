@@ -95,11 +95,14 @@ class AdaptiveNet(nn.Module):
     """A network that decides the bits of its sites for every input; in evaluation mode without any draw.
 
     Make one with `adapt`. ``network`` holds the shared weights, with step sizes and normalisation of every width; ``actor`` decides.
+    Costs and actor are those of one size of image, so it takes no other: ``image`` is that of the example.
     """
 
-    def __init__(self, network: nn.Module, actor: Actor, space: Space, shared: Pass, relaxation: str, conditions: int):
+    def __init__(self, network: nn.Module, actor: Actor, space: Space, shared: Pass, relaxation: str, conditions: int, example: Tensor):
         super().__init__()
         self.network, self.actor, self.space, self.relaxation, self.conditions = network, actor, space, relaxation, conditions
+        self.image, self.dtype = tuple(example.shape[1:]), example.dtype
+        self._fixed = space.fixed  # taken here: the first use of a cached property breaks the graph of a compiled step
         self._shared = shared
         shared.decide = self._decide
         self.mode: Mode = "settled"
@@ -131,7 +134,7 @@ class AdaptiveNet(nn.Module):
     @property
     def base(self) -> float:
         """The share of the budget that every input takes: pinned sites and the actor."""
-        return (self.space.fixed + self.actor.macs * WIDTH.w * WIDTH.a) / self.space.limit
+        return (self._fixed + self.actor.macs * WIDTH.w * WIDTH.a) / self.space.limit
 
     def forward(self, x: Tensor, *, draw: Draw | None = None, forced: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Return the logits.
@@ -143,8 +146,9 @@ class AdaptiveNet(nn.Module):
             condition: true severity of each image, int64 ``[N]``, for an actor that is told.
 
         Raises:
-            DataError: in evaluation, an image holds values that are not finite.
+            DataError: images of another shape or type than it was adapted to, or none; in evaluation, values that are not finite.
         """
+        check_batch(x, self.image, self.dtype, "adaptive network")
         if not self.training and not torch.compiler.is_compiling():
             check_finite(x)
         self._shared.reset()
@@ -325,6 +329,15 @@ class AdaptiveNet(nn.Module):
         return result.eval()
 
 
+def check_batch(x: Tensor, image: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+    """Raise `DataError` unless ``x`` is a batch of at least one image of a shape and type."""
+    if isinstance(x, Tensor) and tuple(x.shape[1:]) == image and x.dtype == dtype and len(x):
+        return
+    found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    wanted = f"a tensor of {dtype} and shape ({', '.join(map(str, ('N', *image)))}), N at least 1"
+    raise DataError(f"{what}: got {found}; give {wanted}; images of another size need one of their own")
+
+
 def check_finite(x: Tensor) -> None:
     """Raise `DataError` for images that hold values that are not finite."""
     if bool(torch.isfinite(x).all()):
@@ -385,7 +398,7 @@ def adapt(
         bn = cast(BatchNorm, network.get_submodule(norm))
         replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared, calls=calls))
     actor = actor_for(model, space, images, options, conditions=conditions, seed=seed).to(images.device)
-    net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions).to(images.device)
+    net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions, images).to(images.device)
     net.observe(images)
     return net
 
@@ -466,4 +479,4 @@ def _site_inputs(model: nn.Module, space: Space, images: Tensor) -> list[SiteInp
     return [SiteInput(tuple(seen[path][0].shape[1:]), Op.of(model.get_submodule(path)).kind == "linear") for path in first]
 
 
-__all__ = ["AdaptiveNet", "Space", "adapt", "check_finite", "follow"]
+__all__ = ["AdaptiveNet", "Space", "adapt", "check_batch", "check_finite", "follow"]
