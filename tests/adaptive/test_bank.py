@@ -100,7 +100,10 @@ def test_what_was_tried_is_measured_or_modelled(saved: tuple[Any, Path], case: t
         (torch.rand(2, 1, 8, 8) * 255, "pixels run from .* give them in 0 … 1, not normalised"),
         (torch.rand(2, 1, 8, 8) - 0.5, "pixels run from -0"),
         (torch.full((2, 1, 8, 8), float("nan")), "image 0 of 2 has values that are not finite"),
-        (torch.rand(2, 3, 8, 8), r"give float images of shape \(N, 1, 8, 8\)"),
+        (torch.rand(2, 3, 8, 8), r"give a tensor of torch.float32 and shape \(N, 1, 8, 8\), N at least 1"),
+        (torch.rand(2, 1, 8, 8).double(), r"session: got torch.float64 of shape \(2, 1, 8, 8\); give a tensor of torch.float32"),
+        (torch.rand(0, 1, 8, 8), r"session: got torch.float32 of shape \(0, 1, 8, 8\); give .* N at least 1"),
+        (torch.rand(2, 1, 8, 8).numpy(), "session: got a ndarray; give a tensor of torch.float32"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "got torch.uint8"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright import models, runs
-from bitwright.adaptive.network import AdaptiveNet, check_finite
+from bitwright.adaptive.network import AdaptiveNet, check_batch, check_finite
 from bitwright.data.quality import MixedSplit
 from bitwright.data.splits import Split
 from bitwright.errors import BitwrightError, DataError, ExportError, RunError
@@ -61,16 +61,13 @@ class Session(nn.Module):
         """Return the logits ``[N, classes]`` of images ``[N, C, H, W]`` of pixels in 0 … 1.
 
         Raises:
-            DataError: pixels that are not finite or not in 0 … 1, or images of another shape.
+            DataError: pixels that are not finite or not in 0 … 1, images of another shape or type than float32, or none.
         """
         return self.run(self.prepare(pixels))[0]
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Check pixels and normalise them."""
-        shape = tuple(self.router.image)
-        if tuple(pixels.shape[1:]) != shape or not pixels.is_floating_point():
-            found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
-            raise DataError(f"session: got {found}; give float images of shape (N, {', '.join(map(str, shape))}) in 0 … 1")
+        check_batch(pixels, tuple(self.router.image), torch.float32, "session")
         check_finite(pixels)
         low, high = float(pixels.min()), float(pixels.max())
         if low < -SLACK or high > 1 + SLACK:
