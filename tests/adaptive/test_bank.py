@@ -182,6 +182,21 @@ def test_a_bank_that_was_tampered_with_is_refused(saved: tuple[Any, Path], tmp_p
         verify(folder)
 
 
+def test_a_run_has_its_bank_in_its_export(saved: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(saved[1], tmp_path / "export")
+    shutil.copy(saved[1] / "bank.json", tmp_path)
+    for path in (tmp_path, tmp_path / "bank.json", tmp_path / "export"):
+        assert bitwright.load(path).policies == bitwright.load(saved[1]).policies
+        assert verify(path).answer == 0.0
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (tmp_path / "export" / "bank.safetensors").unlink()
+    for path in (tmp_path, tmp_path / "bank.json"):
+        for read in (bitwright.load, verify):
+            with pytest.raises(ExportError, match=r"bank\.json: bank\.safetensors is not beside it; copy it there, or give the folder"):
+                read(path)
+
+
 def test_options_that_cannot_be_are_refused() -> None:
     with pytest.raises(RecipeError, match="explained in"):
         BankOptions(explained=0.0)
