@@ -521,3 +521,4 @@ def test_conditions_that_cannot_be(finished_run: Path, capsys: pytest.CaptureFix
     assert "did you mean 'fog'?" in _refused(capsys, "evaluate", finished_run, "--conditions", "clean,fogg:1")
     assert "fog:1 to fog:5" in _refused(capsys, "evaluate", finished_run, "--conditions", "fog:6")
     assert "also give --conditions" in _refused(capsys, "evaluate", finished_run, "--seeds", "1")
+    assert "conditions: none given" in _refused(capsys, "evaluate", finished_run, "--conditions", "")

@@ -125,7 +125,7 @@ def evaluate_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate a run on its test split, float beside quantized, also on corrupted images; or a packed file of it."""
     if arguments.seeds is not None and arguments.conditions is None:
         raise UsageError("evaluate --seeds: they draw corruptions; also give --conditions, for example --conditions clean,mixed")
-    conditions, seeds = (arguments.conditions or "").split(",") if arguments.conditions else (), arguments.seeds or (0,)
+    conditions, seeds = () if arguments.conditions is None else arguments.conditions.split(","), arguments.seeds or (0,)
     if arguments.file is None:
         return _finish(evaluate_under(_existing(arguments), conditions, seeds), arguments) if conditions else _stage(arguments, "evaluate")
     result = evaluate_file(_existing(arguments), arguments.file, conditions, seeds)

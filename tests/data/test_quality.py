@@ -149,6 +149,9 @@ def test_conditions():
         ("fog:6", "severity '6' of fog; give fog:1 to fog:5, or fog for all five"),
         ("fog:", "severity '' of fog"),
         ([], "conditions: none given; give for example clean,gaussian_noise:3,mixed"),
+        (" ", "conditions: none given"),
+        ([""], "conditions: none given"),
+        ("clean,,mixed", "no condition ''"),
     ],
 )
 def test_conditions_that_are_none(text, message):

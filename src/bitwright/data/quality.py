@@ -235,8 +235,11 @@ def parse_conditions(texts: str | Sequence[str]) -> tuple[Condition, ...]:
     >>> [str(condition) for condition in parse_conditions("clean,gaussian_noise:3,mixed")]
     ['clean', 'gaussian_noise:3', 'mixed']
     """
+    parts = texts.split(",") if isinstance(texts, str) else texts
+    if not any(part.strip() for part in parts):
+        raise DataError("conditions: none given; give for example clean,gaussian_noise:3,mixed")
     found: list[Condition] = []
-    for text in texts.split(",") if isinstance(texts, str) else texts:
+    for text in parts:
         name, colon, severity = text.strip().partition(":")
         if name in WHOLE and not colon:
             found.append(Condition(name))
@@ -246,8 +249,6 @@ def parse_conditions(texts: str | Sequence[str]) -> tuple[Condition, ...]:
         if colon and severity not in map(str, SEVERITIES):
             raise DataError(f"conditions: severity '{severity}' of {name}; give {name}:1 to {name}:5, or {name} for all five")
         found += [Condition(name, int(severity))] if colon else [Condition(name, each) for each in SEVERITIES]
-    if not found:
-        raise DataError("conditions: none given; give for example clean,gaussian_noise:3,mixed")
     return tuple(dict.fromkeys(found))
 
 
