@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from bitwright.adaptive.actor import ActorOptions
 from bitwright.adaptive.execution import Decision, Pass, SwitchableNorm
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
 from bitwright.adaptive.relaxations import Draw
-from bitwright.errors import DataError
+from bitwright.errors import BitwrightError, DataError
 from bitwright.policy import Bits
 from bitwright.sites import trace
 
@@ -149,3 +151,14 @@ def test_an_adaptive_network_takes_images_of_one_size_and_type(x: Tensor, found:
         with pytest.raises(DataError, match=f"^adaptive network: got {found}; {wanted}"):
             one(x)
         assert len(one(torch.rand(3, 1, 8, 8))) == 3
+
+
+def test_a_network_too_small_for_its_actor_is_told_how_large_it_must_be() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)), torch.rand(8, 20)
+    told = r"one takes ([\d,]+) MACs an image and the network 20,224; use a network of at least ([\d,]+) MACs, or search one policy"
+    with pytest.raises(BitwrightError, match=told) as caught:
+        adaptive(model, x, ("2",), ActorOptions())
+    takes, least = (int(number.replace(",", "")) for number in re.search(told, str(caught.value)).groups())
+    assert least == math.ceil(takes / 0.015)
+    assert "adaptive." not in str(caught.value)  # the caller may have no recipe
