@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from bitwright import profile
-from bitwright.compare import compare
+from bitwright.compare import check_recipe, compare
 from bitwright.deployment import (
     check_flags,
     check_policy,
@@ -151,6 +151,7 @@ def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
     if known and not (Path(target) / "recipe.yaml").is_file():
         raise RunError(f"{target}: no comparison (it has no recipe.yaml); give a recipe, or the --out of a `bitwright compare`")
     recipe = load_recipe(Path(target) / "recipe.yaml" if known else target, [*target_overrides(arguments.deploy), *arguments.set, *changes])
+    check_recipe(recipe)
     out = Path(target) if known else Path(arguments.out or Path("runs") / f"{recipe.name}-compare")
     _say(f"comparison directory: {out}", sys.stderr)
     result = compare(recipe, out, **_surroundings(arguments))
