@@ -492,6 +492,15 @@ def test_run_without_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "a run directory keeps its recipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_what_cannot_be_compared_is_refused_first(known: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(load_recipe("digits-dqmq").to_dict()))
+    assert cli.main(["compare", str(tmp_path) if known else "digits-dqmq"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "an adaptive recipe has no static policies to compare" in said[0]
+
+
 def test_evaluate_under_conditions(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = shutil.copytree(finished_run, tmp_path / "run")
     before = json.loads((path / "evaluation.json").read_text())
@@ -521,3 +530,4 @@ def test_conditions_that_cannot_be(finished_run: Path, capsys: pytest.CaptureFix
     assert "did you mean 'fog'?" in _refused(capsys, "evaluate", finished_run, "--conditions", "clean,fogg:1")
     assert "fog:1 to fog:5" in _refused(capsys, "evaluate", finished_run, "--conditions", "fog:6")
     assert "also give --conditions" in _refused(capsys, "evaluate", finished_run, "--seeds", "1")
+    assert "conditions: none given" in _refused(capsys, "evaluate", finished_run, "--conditions", "")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from bitwright import profile
-from bitwright.compare import compare
+from bitwright.compare import check_recipe, compare
 from bitwright.deployment import (
     check_flags,
     check_policy,
@@ -126,7 +126,7 @@ def evaluate_command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate a run on its test split, float beside quantized, also on corrupted images; or a packed file of it."""
     if arguments.seeds is not None and arguments.conditions is None:
         raise UsageError("evaluate --seeds: they draw corruptions; also give --conditions, for example --conditions clean,mixed")
-    conditions, seeds = (arguments.conditions or "").split(",") if arguments.conditions else (), arguments.seeds or (0,)
+    conditions, seeds = () if arguments.conditions is None else arguments.conditions.split(","), arguments.seeds or (0,)
     if arguments.file is None:
         return _finish(evaluate_under(_existing(arguments), conditions, seeds), arguments) if conditions else _stage(arguments, "evaluate")
     result = evaluate_file(_existing(arguments), arguments.file, conditions, seeds)
@@ -152,6 +152,7 @@ def compare_command(arguments: argparse.Namespace) -> dict[str, Any]:
     if known and not (Path(target) / "recipe.yaml").is_file():
         raise RunError(f"{target}: no comparison (it has no recipe.yaml); give a recipe, or the --out of a `bitwright compare`")
     recipe = load_recipe(Path(target) / "recipe.yaml" if known else target, [*target_overrides(arguments.deploy), *arguments.set, *changes])
+    check_recipe(recipe)
     out = Path(target) if known else Path(arguments.out or Path("runs") / f"{recipe.name}-compare")
     _say(f"comparison directory: {out}", sys.stderr)
     result = compare(recipe, out, **_surroundings(arguments))

@@ -79,10 +79,7 @@ def compare(
         BudgetError: a budget cannot be met, or no method could run at one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    if recipe.adaptive is not None:
-        raise RecipeError(f"compare {recipe.name}: an adaptive recipe has no static policies to compare; see benchmarks/adaptive.py")
-    if recipe.search.stop_at is not None:
-        raise RecipeError("compare: search.stop_at would stop some methods before others; leave it out, or give search.steps")
+    check_recipe(recipe)
     path = Path(out or Path("runs") / f"{recipe.name}-compare")
     work = Comparison.open(recipe, path, data_root=data_root, device=device, log=log, made_by=made_by)
     with threads(recipe.threads):
@@ -95,6 +92,14 @@ def compare(
 
 
 # ---- what is asked for
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `RecipeError` for a recipe whose methods cannot be compared."""
+    if recipe.adaptive is not None:
+        raise RecipeError(f"compare {recipe.name}: an adaptive recipe has no static policies to compare; see benchmarks/adaptive.py")
+    if recipe.search.stop_at is not None:
+        raise RecipeError("compare: search.stop_at would stop some methods before others; leave it out, or give search.steps")
 
 
 @dataclass(frozen=True)
@@ -501,4 +506,4 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-__all__ = ["Comparison", "Plan", "compare"]
+__all__ = ["Comparison", "Plan", "check_recipe", "compare"]

@@ -16,7 +16,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     in 0 … 1, routes each image by its own statistics and runs the right member; see `bitwright.adaptive.session.Session`.
 
     Args:
-        path: a packed file; or bank.json, or the folder that has it.
+        path: a packed file; or bank.json, the folder that has it and its weights, or the adaptive run that exported it.
         model: the float architecture (its values do not matter; it is left untouched). Needed unless the file names one of our own.
 
     Raises:

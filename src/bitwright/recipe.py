@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from bitwright.data.quality import Mix, parse_conditions
+from bitwright.data.quality import Mix, parse_conditions, shares_of
 from bitwright.errors import RecipeError, nearest
 from bitwright.exporters import get as exporter
 from bitwright.methods import available, get_method
@@ -57,10 +57,8 @@ class QualitySection(Section):
 
     @field_validator("corruptions", "severities", mode="before")
     @classmethod
-    def _equally_often(cls, value: object) -> object:
-        if isinstance(value, list) and len(set(map(str, value))) < len(value):
-            raise ValueError("one is given twice; give each once, or a mapping to how often each comes")
-        return dict.fromkeys(value, 1.0) if isinstance(value, list) else value
+    def _equally_often(cls, value: object, known: ValidationInfo) -> object:
+        return shares_of(str(known.field_name), value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _makes_a_mix(self) -> QualitySection:

@@ -100,7 +100,10 @@ def test_what_was_tried_is_measured_or_modelled(saved: tuple[Any, Path], case: t
         (torch.rand(2, 1, 8, 8) * 255, "pixels run from .* give them in 0 … 1, not normalised"),
         (torch.rand(2, 1, 8, 8) - 0.5, "pixels run from -0"),
         (torch.full((2, 1, 8, 8), float("nan")), "image 0 of 2 has values that are not finite"),
-        (torch.rand(2, 3, 8, 8), r"give float images of shape \(N, 1, 8, 8\)"),
+        (torch.rand(2, 3, 8, 8), r"give a tensor of torch.float32 and shape \(N, 1, 8, 8\), N at least 1"),
+        (torch.rand(2, 1, 8, 8).double(), r"session: got torch.float64 of shape \(2, 1, 8, 8\); give a tensor of torch.float32"),
+        (torch.rand(0, 1, 8, 8), r"session: got torch.float32 of shape \(0, 1, 8, 8\); give .* N at least 1"),
+        (torch.rand(2, 1, 8, 8).numpy(), "session: got a ndarray; give a tensor of torch.float32"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "got torch.uint8"),
     ],
 )
@@ -187,6 +190,21 @@ def test_a_bank_that_was_tampered_with_is_refused(saved: tuple[Any, Path], tmp_p
     (folder / "bank.safetensors").unlink()
     with pytest.raises(ExportError, match=r"bank\.safetensors"):
         verify(folder)
+
+
+def test_a_run_has_its_bank_in_its_export(saved: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(saved[1], tmp_path / "export")
+    shutil.copy(saved[1] / "bank.json", tmp_path)
+    for path in (tmp_path, tmp_path / "bank.json", tmp_path / "export"):
+        assert bitwright.load(path).policies == bitwright.load(saved[1]).policies
+        assert verify(path).answer == 0.0
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (tmp_path / "export" / "bank.safetensors").unlink()
+    for path in (tmp_path, tmp_path / "bank.json"):
+        for read in (bitwright.load, verify):
+            with pytest.raises(ExportError, match=r"bank\.json: bank\.safetensors is not beside it; copy it there, or give the folder"):
+                read(path)
 
 
 def test_options_that_cannot_be_are_refused() -> None:

@@ -137,7 +137,7 @@ def test_a_compiled_step_gives_what_the_plain_one_does() -> None:
         def loss(x: torch.Tensor, draw: Draw) -> torch.Tensor:
             return net(x, draw=draw).square().mean() + net.spent().mean()
 
-        run = torch.compile(loss, dynamic=False, backend="aot_eager") if compiled else loss
+        run = torch.compile(loss, dynamic=False, backend="aot_eager", fullgraph=True) if compiled else loss
         draws = [Draw.of((1, 8, 3), torch.Generator().manual_seed(k), 1.0, 1.0) for k in range(2)]
         values = [run(x, draw) for draw in draws]
         values[-1].backward()

@@ -94,9 +94,10 @@ def test_a_degenerate_actor_is_in_the_report(finished: Path, tmp_path: Path) -> 
 
 
 def test_the_exported_bank_is_a_session(finished: Path) -> None:
-    session = bitwright.load(finished / "export")
+    session, own = bitwright.load(finished / "export"), bitwright.load(finished)
     with torch.no_grad():
-        assert session(torch.rand(5, 1, 8, 8)).shape == (5, 10)
+        assert session(pixels := torch.rand(5, 1, 8, 8)).shape == (5, 10)
+        assert torch.equal(own(pixels), session(pixels))
 
 
 def test_an_actor_of_another_network_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -124,11 +124,27 @@ def test_a_dataset_gives_pixels_or_is_refused():
         ({"corruptions": {}}, "corruptions are {}; give at least one, each with a share above 0"),
         ({"severities": {1: 0}}, "severities are {1: 0}; give at least one"),
         ({"corruptions": {"fog": 1}, "held_out": ("fog",)}, "'fog' is held out and among the corruptions"),
+        ({"corruptions": ["fog"], "clean": "a"}, "clean is 'a'; give the share of images left as they are, 0 to 1"),
+        ({"corruptions": "fog"}, "corruptions are 'fog'; give a list, all equally often, or a mapping to how often each comes"),
+        ({"corruptions": 3}, "corruptions are 3; give a list"),
+        ({"corruptions": [["fog"]]}, r"corruptions are \[\['fog'\]\]; give a list"),
+        ({"corruptions": [3]}, "no corruption '3'"),
+        ({"severities": 3}, "severities are 3; give a list"),
+        ({"severities": ["3"]}, "severity '3'; severities are the whole numbers 1"),
+        ({"held_out": "fog"}, "held_out are 'fog'; give a list"),
+        ({"corruptions": ("fog", "fog")}, r"corruptions are \['fog', 'fog'\] and one is given twice; give each once"),
     ],
 )
 def test_a_mix_that_cannot_be(arguments, message):
     with pytest.raises(DataError, match=message):
         Mix(**arguments)
+
+
+def test_a_sequence_comes_equally_often():
+    mix = Mix(["fog", "snow"], (2, 4), clean=0.5, held_out=["frost"])
+    assert mix == Mix({"fog": 1.0, "snow": 1.0}, {2: 1.0, 4: 1.0}, clean=0.5, held_out=("frost",))
+    assert mix.table()[2].tolist() == [0.5, 0.125, 0.125, 0.125, 0.125]
+    assert "fog" not in Mix(["fog"]).held_out
 
 
 def test_conditions():
@@ -149,6 +165,9 @@ def test_conditions():
         ("fog:6", "severity '6' of fog; give fog:1 to fog:5, or fog for all five"),
         ("fog:", "severity '' of fog"),
         ([], "conditions: none given; give for example clean,gaussian_noise:3,mixed"),
+        (" ", "conditions: none given"),
+        ([""], "conditions: none given"),
+        ("clean,,mixed", "no condition ''"),
     ],
 )
 def test_conditions_that_are_none(text, message):

@@ -12,6 +12,7 @@ from torch import nn
 
 from bitwright.errors import BitwrightError
 from bitwright.models import available, build, load_weights
+from bitwright.runs import save_tree
 
 SHAPES = {"digits_cnn": (1, 8), "resnet8": (3, 32), "resnet18": (3, 224), "resnet50": (3, 224), "mobilenet_v2": (3, 224)}
 PARAMETERS = {
@@ -115,6 +116,16 @@ def test_weights_from_every_kind_of_file(tmp_path, kind):
         torch.save(wrapped, path, _use_new_zipfile_serialization=kind != "legacy.pt")
     load_weights(target, path)
     assert same(source, target)
+
+
+def test_the_float_network_of_a_run_is_a_file_of_weights(tmp_path):
+    source, target, path = scrambled(0), scrambled(1), tmp_path / "float.safetensors"
+    save_tree(path, dict(source.state_dict()))
+    load_weights(target, path)
+    assert same(source, target)
+    save_tree(path, {"epoch": 3, "rows": []})
+    with pytest.raises(BitwrightError, match=re.escape("holds no table of tensors; save model.state_dict()")):
+        load_weights(target, path)
 
 
 def test_batch_counts_may_be_missing(tmp_path):

@@ -387,8 +387,11 @@ def build_actor(
             return actor
         wanted = wanted.smaller()
     assert actor is not None
-    found = f"the smallest one takes {actor.macs:,} MACs an image and the network {network_macs:,}"
-    raise BitwrightError(f"actor: may take {SHARE:.1%} of the network's work; {found}; use a larger network, or adaptive.actor=static")
+    found = f"the smallest {options.kind} one takes {actor.macs:,} MACs an image and the network {network_macs:,}"
+    least = f"at least {math.ceil(actor.macs / SHARE):,} MACs"
+    raise BitwrightError(
+        f"actor: may take {SHARE:.1%} of the network's work; {found}; use a network of {least}, or search one policy for all inputs"
+    )
 
 
 def _actor(options: ActorOptions, inputs: Sequence[SiteInput], image: tuple[int, ...], choices: int, conditions: int) -> Actor:

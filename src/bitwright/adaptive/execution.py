@@ -66,6 +66,7 @@ class Pass:
         decide: called with a site's number and its input ``[N, C, …]``.
         decisions: by site, of this pass.
         owed: outputs of neighbours that a normalisation has yet to take, by layer.
+        normalised: how often the output of each layer was normalised in this pass.
         interpolate: outputs of the two widths are mixed, and both are trained.
         trust: a gate's gradient counts for no more than this: the linear estimate of a large step means little.
         replay: a pass of the same batch again: normalisation in training takes the statistics of the pass before, and moves none.
@@ -76,6 +77,7 @@ class Pass:
         self.decide = decide
         self.decisions: list[Decision | None] = [None] * sites
         self.owed: dict[str, Tensor] = {}
+        self.normalised: dict[str, int] = {}
         self.interpolate = False
         self.trust = math.inf
         self.replay = False
@@ -85,6 +87,7 @@ class Pass:
         """Forget the decisions of the pass before."""
         self.decisions = [None] * len(self.decisions)
         self.owed = {}
+        self.normalised = {}
 
     def decision(self, site: int, x: Tensor) -> Decision:
         """Return what a site does; the first of its layers to run decides."""
@@ -237,7 +240,8 @@ class SwitchableNorm(nn.Module):
 
     In training a choice normalises by :math:`(n_k \hat\mu_k + n_0\mu_k)/(n_k+n_0)`, with :math:`\hat\mu_k` the mean over its
     :math:`n_k` samples of the batch, :math:`\mu_k` the running one and :math:`n_0` = `PRIOR`; the variance likewise.
-    Differs: Yu et al. see whole batches of one width, so their :math:`n_0` is 0.
+    Differs: Yu et al. see whole batches of one width, so their :math:`n_0` is 0. The calls of one pass share weight, bias and
+    running statistics, as those of a BatchNorm do; with ``momentum`` None these become the average over the calls.
 
     Args:
         norm: the BatchNorm it takes the place of.
@@ -245,15 +249,17 @@ class SwitchableNorm(nn.Module):
         site: number of the site before it.
         layer: path of the layer before it.
         shared: the pass.
+        calls: how often it runs in a pass.
     """
 
     running_mean: Tensor
     running_var: Tensor
     last_mean: Tensor
     last_var: Tensor
+    momentum: float | None
     decays: ClassVar[bool] = False
 
-    def __init__(self, norm: BatchNorm, count: int, site: int, layer: str, shared: Pass):
+    def __init__(self, norm: BatchNorm, count: int, site: int, layer: str, shared: Pass, *, calls: int = 1):
         super().__init__()
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -265,8 +271,8 @@ class SwitchableNorm(nn.Module):
         self.bias = nn.Parameter(bias.repeat(count, 1))
         self.register_buffer("running_mean", norm.running_mean.repeat(count, 1))
         self.register_buffer("running_var", norm.running_var.repeat(count, 1))
-        self.register_buffer("last_mean", self.running_mean.clone(), persistent=False)
-        self.register_buffer("last_var", self.running_var.clone(), persistent=False)
+        self.register_buffer("last_mean", self.running_mean.repeat(calls, 1, 1), persistent=False)
+        self.register_buffer("last_var", self.running_var.repeat(calls, 1, 1), persistent=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise each sample ``[N, C, …]`` by the statistics of its choice, and settle the neighbour's share."""
@@ -285,9 +291,11 @@ class SwitchableNorm(nn.Module):
     def _statistics(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self.running_mean, self.running_var
-        return (self.last_mean, self.last_var) if self.shared.replay else self._batch(y, index)
+        call = self.shared.normalised.get(self.layer, 0)
+        self.shared.normalised[self.layer] = call + 1
+        return (self.last_mean[call], self.last_var[call]) if self.shared.replay else self._batch(y, index, call)
 
-    def _batch(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch(self, y: Tensor, index: Tensor, call: int) -> tuple[Tensor, Tensor]:
         """Return mean and variance of every choice ``[K, C]`` and move the running ones."""
         count, axes = len(self.weight), tuple(range(2, y.dim()))
         places = math.prod(y.shape[2:])
@@ -302,11 +310,11 @@ class SwitchableNorm(nn.Module):
         square = ((hot * second).sum(1) + PRIOR * places * (var0 + mean0.square())) / total
         var = (square - mean.square()).clamp_min(0)
         with torch.no_grad():
-            share = self.momentum * (size * count / len(y)).clamp_max(1.0)
+            share = (1 / (call + 1) if self.momentum is None else self.momentum) * (size * count / len(y)).clamp_max(1.0)
             self.running_mean.copy_(mean0 + share * (mean.detach() - mean0))
             self.running_var.copy_(var0 + share * (var.detach() - var0))
-            self.last_mean.copy_(mean.detach())
-            self.last_var.copy_(var.detach())
+            self.last_mean[call].copy_(mean.detach())
+            self.last_var[call].copy_(var.detach())
         return mean, var
 
     def plain(self, choice: int) -> BatchNorm:

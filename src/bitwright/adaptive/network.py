@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from bitwright.adaptive.execution import AdaptiveLayer, Decision, Ledger, Pass, 
 from bitwright.adaptive.relaxations import Chosen, Draw, concrete, gaussian, settled
 from bitwright.errors import BitwrightError, DataError, SiteError
 from bitwright.policy import Bits, Policy
-from bitwright.quant.convert import layer_inputs
+from bitwright.quant.convert import layer_calls
 from bitwright.quant.functional import UNTOUCHED
 from bitwright.quant.gates import Gate, GatedActivation, GatedWeight, LayerGates, switchable
 from bitwright.quant.modules import Op, QuantLayer, evaluating, replace_module
@@ -94,11 +95,14 @@ class AdaptiveNet(nn.Module):
     """A network that decides the bits of its sites for every input; in evaluation mode without any draw.
 
     Make one with `adapt`. ``network`` holds the shared weights, with step sizes and normalisation of every width; ``actor`` decides.
+    Costs and actor are those of one size of image, so it takes no other: ``image`` is that of the example.
     """
 
-    def __init__(self, network: nn.Module, actor: Actor, space: Space, shared: Pass, relaxation: str, conditions: int):
+    def __init__(self, network: nn.Module, actor: Actor, space: Space, shared: Pass, relaxation: str, conditions: int, example: Tensor):
         super().__init__()
         self.network, self.actor, self.space, self.relaxation, self.conditions = network, actor, space, relaxation, conditions
+        self.image, self.dtype = tuple(example.shape[1:]), example.dtype
+        self._fixed = space.fixed  # taken here: the first use of a cached property breaks the graph of a compiled step
         self._shared = shared
         shared.decide = self._decide
         self.mode: Mode = "settled"
@@ -130,7 +134,7 @@ class AdaptiveNet(nn.Module):
     @property
     def base(self) -> float:
         """The share of the budget that every input takes: pinned sites and the actor."""
-        return (self.space.fixed + self.actor.macs * WIDTH.w * WIDTH.a) / self.space.limit
+        return (self._fixed + self.actor.macs * WIDTH.w * WIDTH.a) / self.space.limit
 
     def forward(self, x: Tensor, *, draw: Draw | None = None, forced: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Return the logits.
@@ -142,8 +146,9 @@ class AdaptiveNet(nn.Module):
             condition: true severity of each image, int64 ``[N]``, for an actor that is told.
 
         Raises:
-            DataError: in evaluation, an image holds values that are not finite.
+            DataError: images of another shape or type than it was adapted to, or none; in evaluation, values that are not finite.
         """
+        check_batch(x, self.image, self.dtype, "adaptive network")
         if not self.training and not torch.compiler.is_compiling():
             check_finite(x)
         self._shared.reset()
@@ -289,7 +294,7 @@ class AdaptiveNet(nn.Module):
         with torch.no_grad(), evaluating(self):
             for norm in norms:
                 norm.train()
-                norm.momentum = 1.0
+                norm.momentum = None
             for choice in range(len(self.space.choices)):
                 self(images, forced=self.forced_to(choice, len(images)))
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -326,6 +331,15 @@ class AdaptiveNet(nn.Module):
         for parameter in result.parameters():
             parameter.requires_grad_(False)
         return result.eval()
+
+
+def check_batch(x: Tensor, image: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+    """Raise `DataError` unless ``x`` is a batch of at least one image of a shape and type."""
+    if isinstance(x, Tensor) and tuple(x.shape[1:]) == image and x.dtype == dtype and len(x):
+        return
+    found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    wanted = f"a tensor of {dtype} and shape ({', '.join(map(str, ('N', *image)))}), N at least 1"
+    raise DataError(f"{what}: got {found}; give {wanted}; images of another size need one of their own")
 
 
 def check_finite(x: Tensor) -> None:
@@ -384,11 +398,11 @@ def adapt(
     for site in space.sites:
         for path in site.layers:
             _swap_layer(network, path, space, owners.get(path, -1), shared, normalised=path in links)
-    for path, norm in links.items():
+    for path, (norm, calls) in links.items():
         bn = cast(BatchNorm, network.get_submodule(norm))
-        replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared))
+        replace_module(network, norm, SwitchableNorm(bn, len(space.choices), owners[path], path, shared, calls=calls))
     actor = actor_for(model, space, images, options, conditions=conditions, seed=seed).to(images.device)
-    net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions).to(images.device)
+    net = AdaptiveNet(network, actor, space, shared, options.relaxation, conditions, images).to(images.device)
     net.observe(images)
     return net
 
@@ -423,16 +437,21 @@ def _swap_layer(network: nn.Module, path: str, space: Space, site: int, shared: 
     replace_module(network, path, new.train(layer.training))
 
 
-def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, str]:
-    """Return the BatchNorm that reads the very output of each layer, by the layer's path; layers without one are left out."""
+def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return the BatchNorm that reads the very output of each layer at every call and nothing else, and how many calls that are.
+
+    Layers without one are left out.
+    """
     made: dict[int, str] = {}
-    links: dict[str, str] = {}
+    calls: Counter[str] = Counter()
+    reads: dict[str, list[str | None]] = {}
     kept: list[Tensor] = []
     handles = []
     for path in paths:
 
         def produced(_: nn.Module, __: object, output: Tensor, path: str = path) -> None:
             made[id(output)] = path
+            calls[path] += 1
             kept.append(output)  # an identity is only worth something while the tensor lives
 
         handles.append(model.get_submodule(path).register_forward_hook(produced))
@@ -440,8 +459,7 @@ def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, 
         if isinstance(module, BatchNorm) and module.running_mean is not None:
 
             def read(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if id(args[0]) in made:
-                    links.setdefault(made[id(args[0])], name)
+                reads.setdefault(name, []).append(made.get(id(args[0])))
 
             handles.append(module.register_forward_pre_hook(read))
     try:
@@ -450,15 +468,19 @@ def follow(model: nn.Module, images: Tensor, paths: Sequence[str]) -> dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-    taken = list(links.values())
-    return {path: norm for path, norm in links.items() if taken.count(norm) == 1}
+    links: dict[str, tuple[str, int]] = {}
+    for name, sources in reads.items():
+        source = sources[0]
+        if source is not None and sources == [source] * calls[source]:
+            links.setdefault(source, (name, calls[source]))
+    return links
 
 
 def _site_inputs(model: nn.Module, space: Space, images: Tensor) -> list[SiteInput]:
-    """Return what enters the first layer of each deciding site."""
+    """Return what enters the first layer of each deciding site at its first call, where the site decides."""
     first = [next(site.layers[0] for site in space.sites if site.name == name) for name in space.names]
-    seen = layer_inputs(model, first, images)
-    return [SiteInput(tuple(seen[path].shape[1:]), Op.of(model.get_submodule(path)).kind == "linear") for path in first]
+    seen = layer_calls(model, first, images)
+    return [SiteInput(tuple(seen[path][0].shape[1:]), Op.of(model.get_submodule(path)).kind == "linear") for path in first]
 
 
-__all__ = ["AdaptiveNet", "Space", "adapt", "check_finite", "follow"]
+__all__ = ["AdaptiveNet", "Space", "adapt", "check_batch", "check_finite", "follow"]

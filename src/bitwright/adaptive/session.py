@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright import models, runs
-from bitwright.adaptive.network import AdaptiveNet, check_finite
+from bitwright.adaptive.network import AdaptiveNet, check_batch, check_finite
 from bitwright.data.quality import MixedSplit
 from bitwright.data.splits import Split
 from bitwright.errors import BitwrightError, DataError, ExportError, RunError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT = "bitwright-bank-1"
 WEIGHTS = "bank.safetensors"
+EXPORT = "export"
+"""Where a run has both files of its bank."""
 SLACK = 1e-3
 """How far beyond 0 … 1 a pixel may be: rounding, not another scale."""
 
@@ -61,16 +63,13 @@ class Session(nn.Module):
         """Return the logits ``[N, classes]`` of images ``[N, C, H, W]`` of pixels in 0 … 1.
 
         Raises:
-            DataError: pixels that are not finite or not in 0 … 1, or images of another shape.
+            DataError: pixels that are not finite or not in 0 … 1, images of another shape or type than float32, or none.
         """
         return self.run(self.prepare(pixels))[0]
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Check pixels and normalise them."""
-        shape = tuple(self.router.image)
-        if tuple(pixels.shape[1:]) != shape or not pixels.is_floating_point():
-            found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
-            raise DataError(f"session: got {found}; give float images of shape (N, {', '.join(map(str, shape))}) in 0 … 1")
+        check_batch(pixels, tuple(self.router.image), torch.float32, "session")
         check_finite(pixels)
         low, high = float(pixels.min()), float(pixels.max())
         if low < -SLACK or high > 1 + SLACK:
@@ -219,7 +218,7 @@ def load_bank(path: str | Path, model: nn.Module | None = None) -> Session:
     """Return the session of a bank.
 
     Args:
-        path: the folder that has bank.json, or that file.
+        path: the folder that has bank.json and bank.safetensors, one of the two files, or a run that exported them.
         model: the float architecture (its values do not matter); needed unless it is one of ours by name.
 
     Raises:
@@ -230,7 +229,7 @@ def load_bank(path: str | Path, model: nn.Module | None = None) -> Session:
 
 def load_with_record(path: str | Path, model: nn.Module | None = None) -> tuple[Session, dict[str, Any]]:
     """Return the session of a bank, and what bank.json says; see `load_bank`."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = _folder(Path(path))
     try:
         record = json.loads((folder / BANK).read_text("utf-8"))
         if record["format"] != FORMAT:
@@ -248,6 +247,17 @@ def load_with_record(path: str | Path, model: nn.Module | None = None) -> tuple[
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, RunError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(f"{folder}: damaged, or for another model ({reason}); export the bank again, or pass its own model=") from None
+
+
+def _folder(path: Path) -> Path:
+    """Return the folder that has a bank's two files; raises `ExportError` if its weights are missing."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / WEIGHTS).is_file() or not (folder / BANK).is_file():
+        return folder
+    inner = folder / EXPORT
+    if (inner / BANK).is_file() and (inner / WEIGHTS).is_file():  # a run keeps a copy of bank.json beside its other records
+        return inner
+    raise ExportError(f"{folder / BANK}: {WEIGHTS} is not beside it; copy it there, or give the folder that has both files")
 
 
 def _policies(record: Mapping[str, Any]) -> list[Policy]:

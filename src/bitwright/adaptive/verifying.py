@@ -24,7 +24,7 @@ def verify_bank(path: Path, model: nn.Module | None = None) -> Verification:
     """Load a bank, count the levels of every member's weights, and run each member and the router on a sample.
 
     Args:
-        path: bank.json, its weights, or the folder that has them.
+        path: bank.json, its weights, the folder that has them, or the run that exported them.
         model: the float network, where it is none of ours by name.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Mix:
     severities 1, 3 and 5, over five families of corruptions (two have two members).
 
     Attributes:
-        corruptions: names and how often each comes, relative to the others.
+        corruptions: names and how often each comes, relative to the others; a sequence of names means equally often.
         severities: the same of severities 1 … 5.
         clean: share of the images left alone, 0 … 1.
         held_out: corruptions that come in the test condition ``held_out`` alone; none of them may be trained on. By default a noise, a
@@ -39,7 +40,7 @@ class Mix:
         DataError: an unknown corruption or severity, a share that is none, or a held-out corruption that is trained on.
     """
 
-    corruptions: Mapping[str, float] = field(
+    corruptions: Mapping[str, float] | Sequence[str] = field(
         default_factory=lambda: {
             "gaussian_noise": 1.0,
             "gaussian_blur": 0.5,
@@ -50,34 +51,37 @@ class Mix:
             "brightness": 0.5,
         }
     )
-    severities: Mapping[int, float] = field(default_factory=lambda: {1: 1.0, 3: 1.0, 5: 1.0})
+    severities: Mapping[int, float] | Sequence[int] = field(default_factory=lambda: {1: 1.0, 3: 1.0, 5: 1.0})
     clean: float = 0.25
     held_out: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.held_out is None:
-            object.__setattr__(self, "held_out", tuple(name for name in HELD_OUT if name not in self.corruptions))
-        assert self.held_out is not None
-        for name in (*self.corruptions, *self.held_out):
+        corruptions, severities = shares_of("corruptions", self.corruptions), shares_of("severities", self.severities)
+        free = [name for name in HELD_OUT if name not in corruptions]
+        held_out = tuple(shares_of("held_out", free if self.held_out is None else self.held_out))
+        for name, value in (("corruptions", corruptions), ("severities", severities), ("held_out", held_out)):
+            object.__setattr__(self, name, value)
+        for name in (*corruptions, *held_out):
             check_corruption(name, 1)
-        wrong = [severity for severity in self.severities if not is_severity(severity)]
+        wrong = [severity for severity in severities if not is_severity(severity)]
         if wrong:
             raise DataError(f"quality: severity {wrong[0]!r}; severities are the whole numbers 1 (mild) to 5")
-        both = [name for name in self.held_out if name in self.corruptions]
+        both = [name for name in held_out if name in corruptions]
         if both:
             raise DataError(f"quality: '{both[0]}' is held out and among the corruptions; leave it out of one of them")
-        if not 0 <= self.clean <= 1:
-            raise DataError(f"quality: clean is {self.clean}; give the share of images left as they are, 0 to 1")
-        for what, shares in (("corruptions", self.corruptions), ("severities", self.severities)):
+        if not isinstance(self.clean, (int, float)) or not 0 <= self.clean <= 1:
+            raise DataError(f"quality: clean is {self.clean!r}; give the share of images left as they are, 0 to 1")
+        for what, shares in (("corruptions", corruptions), ("severities", severities)):
             if not shares or not all(isinstance(share, (int, float)) and 0 < share < float("inf") for share in shares.values()):
-                raise DataError(f"quality: {what} are {dict(shares)}; give at least one, each with a share above 0")
+                raise DataError(f"quality: {what} are {shares}; give at least one, each with a share above 0")
 
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what may come: corruption (its place in `CORRUPTIONS`, -1 for clean), severity (0) and probability, [K] each."""
         kinds = [(-1, 0, self.clean)]
-        most = sum(self.corruptions.values()) * sum(self.severities.values())
-        for name, often in self.corruptions.items():
-            for severity, share in self.severities.items():
+        corruptions, severities = shares_of("corruptions", self.corruptions), shares_of("severities", self.severities)
+        most = sum(corruptions.values()) * sum(severities.values())
+        for name, often in corruptions.items():
+            for severity, share in severities.items():
                 kinds.append((CORRUPTIONS.index(name), severity, (1 - self.clean) * often * share / most))
         places, levels, chances = zip(*kinds, strict=True)
         return torch.tensor(places), torch.tensor(levels), torch.tensor(chances, dtype=torch.float64)
@@ -86,7 +90,25 @@ class Mix:
         """Return the mix of the held-out corruptions, at the same severities and none clean; raises `DataError` if there are none."""
         if not self.held_out:
             raise DataError("conditions: held_out was asked for and the mix holds out no corruption; name some in data.quality.held_out")
-        return Mix(dict.fromkeys(self.held_out, 1.0), self.severities, 0.0, ())
+        return Mix(self.held_out, self.severities, 0.0, ())
+
+
+def shares_of(what: str, given: object) -> dict[Any, float]:
+    """Return how often each of some corruptions or severities comes; those of a sequence come equally often.
+
+    Raises:
+        DataError: it is neither a mapping nor a sequence of names or numbers, or one is given twice.
+
+    >>> shares_of("corruptions", ["fog", "snow"]), shares_of("severities", {3: 0.5})
+    ({'fog': 1.0, 'snow': 1.0}, {3: 0.5})
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    if not isinstance(given, (list, tuple)) or not all(isinstance(one, (str, int, float)) for one in given):
+        raise DataError(f"quality: {what} are {given!r}; give a list, all equally often, or a mapping to how often each comes")
+    if len(set(map(str, given))) < len(given):
+        raise DataError(f"quality: {what} are {list(given)} and one is given twice; give each once, or a mapping to how often each comes")
+    return dict.fromkeys(given, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,8 +257,11 @@ def parse_conditions(texts: str | Sequence[str]) -> tuple[Condition, ...]:
     >>> [str(condition) for condition in parse_conditions("clean,gaussian_noise:3,mixed")]
     ['clean', 'gaussian_noise:3', 'mixed']
     """
+    parts = texts.split(",") if isinstance(texts, str) else texts
+    if not any(part.strip() for part in parts):
+        raise DataError("conditions: none given; give for example clean,gaussian_noise:3,mixed")
     found: list[Condition] = []
-    for text in texts.split(",") if isinstance(texts, str) else texts:
+    for text in parts:
         name, colon, severity = text.strip().partition(":")
         if name in WHOLE and not colon:
             found.append(Condition(name))
@@ -246,9 +271,7 @@ def parse_conditions(texts: str | Sequence[str]) -> tuple[Condition, ...]:
         if colon and severity not in map(str, SEVERITIES):
             raise DataError(f"conditions: severity '{severity}' of {name}; give {name}:1 to {name}:5, or {name} for all five")
         found += [Condition(name, int(severity))] if colon else [Condition(name, each) for each in SEVERITIES]
-    if not found:
-        raise DataError("conditions: none given; give for example clean,gaussian_noise:3,mixed")
     return tuple(dict.fromkeys(found))
 
 
-__all__ = ["Condition", "Mix", "MixedSplit", "Quality", "degrade", "mixed", "parse_conditions"]
+__all__ = ["Condition", "Mix", "MixedSplit", "Quality", "degrade", "mixed", "parse_conditions", "shares_of"]

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from bitwright import runs
 from bitwright.errors import BitwrightError, nearest
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy the weights of a file into ``model``; nothing is copied unless all of them fit.
 
-    Reads safetensors, ``.npz`` (arrays only) and ``.th``/``.pt``/``.pth`` (tensors only). A ``{"state_dict": …}``
-    around the weights and a ``module.`` before every name are taken off. BatchNorm's ``num_batches_tracked`` may be
-    missing.
+    Reads safetensors (a run's float.safetensors too), ``.npz`` (arrays only) and ``.th``/``.pt``/``.pth`` (tensors only).
+    A ``{"state_dict": …}`` around the weights and a ``module.`` before every name are taken off. BatchNorm's
+    ``num_batches_tracked`` may be missing.
 
     Raises:
         BitwrightError: the file is missing, damaged or of another kind, or a name or shape does not match.
@@ -58,9 +60,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> Any:
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    return load_file(path)
+    with safe_open(str(path), framework="pt") as file:
+        if (file.metadata() or {}).get("format") != runs.TREE_FORMAT:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    return runs.load_tree(path)
 
 
 def _read_npz(path: Path) -> Any:

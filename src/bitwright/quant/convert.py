@@ -195,6 +195,12 @@ def _activation_quantizers(
 
 def layer_inputs(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, Tensor]:
     """Return what enters each layer on some inputs, ``[N, …]``; calls of one layer are put side by side."""
+    seen = layer_calls(model, paths, images)
+    return {path: calls[0] if len(calls) == 1 else torch.cat([c.flatten(1) for c in calls], 1) for path, calls in seen.items()}
+
+
+def layer_calls(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, list[Tensor]]:
+    """Return what enters each layer on some inputs at each of its calls, ``[N, …]`` each, in the order of the calls."""
     seen: dict[str, list[Tensor]] = {}
     handles = []
     for path in paths:
@@ -209,7 +215,7 @@ def layer_inputs(model: nn.Module, paths: Iterable[str], images: Tensor) -> dict
     finally:
         for handle in handles:
             handle.remove()
-    return {path: calls[0] if len(calls) == 1 else torch.cat([c.flatten(1) for c in calls], 1) for path, calls in seen.items()}
+    return seen
 
 
 def _shell(layer: nn.Module, bits: Bits, inputs: ActivationQuantizer | None, options: QuantOptions) -> QuantLayer:
@@ -257,4 +263,4 @@ def verify_widths(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-__all__ = ["QuantOptions", "calibration_images", "evaluating", "layer_inputs", "quantize", "verify_widths"]
+__all__ = ["QuantOptions", "calibration_images", "evaluating", "layer_calls", "layer_inputs", "quantize", "verify_widths"]
