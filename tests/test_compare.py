@@ -20,7 +20,7 @@ import yaml
 
 from bitwright import cli
 from bitwright.claims import claim
-from bitwright.compare import Plan, compare
+from bitwright.compare import compare
 from bitwright.driver import search
 from bitwright.errors import BitwrightError, BudgetError, RecipeError, RunError
 from bitwright.evaluation import evaluate
@@ -28,6 +28,7 @@ from bitwright.job import Job
 from bitwright.measure import trained
 from bitwright.methods import get_method
 from bitwright.methods.fisher import Fisher
+from bitwright.plan import Plan
 from bitwright.problem import Problem
 from bitwright.recipe import load_recipe
 from bitwright.report import render

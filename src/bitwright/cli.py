@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from bitwright import profile
-from bitwright.compare import check_recipe, compare
+from bitwright.compare import compare
 from bitwright.deployment import (
     check_flags,
     check_policy,
@@ -47,6 +47,7 @@ from bitwright.flags import (
 from bitwright.job import Job
 from bitwright.methods import available, describe, get_method
 from bitwright.pipeline import derive, evaluate_file, evaluate_under, export_file, run_stages
+from bitwright.plan import check_recipe
 from bitwright.policy import Policy
 from bitwright.progress import Progress
 from bitwright.recipe import load_recipe, parse_yaml

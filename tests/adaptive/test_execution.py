@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitwright.adaptive.execution import PRIOR, Pass, SwitchableNorm, grouped_convolution, grouped_linear
+from bitwright.adaptive.execution import PRIOR, Pass, SwitchableNorm
+from bitwright.adaptive.grouped import grouped_convolution, grouped_linear
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
 from bitwright.adaptive.relaxations import Draw
 from bitwright.errors import BitwrightError, DataError, SiteError
