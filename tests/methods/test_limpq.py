@@ -16,6 +16,7 @@ from bitwright.methods.limpq import LIMPQ, State
 from bitwright.policy import Bits
 from bitwright.problem import Problem, build_choices
 from bitwright.quant.modules import named_quant_layers
+from bitwright.sensitivity import FILE, Sensitivity
 from bitwright.sites import trace
 from bitwright.testing import check_method, planted
 
@@ -94,6 +95,14 @@ def test_scores_outside_a_search_are_those_of_the_search_and_leave_the_generator
     assert all(torch.equal(state.scores[name], score) for name, score in scores.items())
     assert proposal.policy == result.policy
     assert state.weights == {}
+
+
+def test_the_table_of_a_search_says_what_measuring_took(tmp_path):
+    problem = planted("joint", seed=0).problem
+    method = LIMPQ(max_steps=2, batch_size=32)
+    search(problem, method, out=tmp_path)
+    assert Sensitivity.load(tmp_path / FILE).sample_passes == 2 * 4 * 32 * 3
+    assert method.sensitivity(planted("joint", seed=0).problem).sample_passes == 2 * 4 * 32 * 3
 
 
 def test_pinned_sites_score_nothing_and_a_problem_of_pins_is_solved():

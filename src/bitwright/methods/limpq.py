@@ -132,12 +132,14 @@ class LIMPQ(ScoredMethod):
 
     def _train(self, problem: Problem, state: State) -> _Engine:
         """Take one step of the training, on the live network of the state."""
+        before = problem.sample_passes
         engine = state.engine or _Engine(self, problem)
         if state.engine is None:
             engine.attach(state)
         engine.train(state.step)
         state.step += 1
         state.optimizer = engine.optimizer.state_dict()
+        state.sample_passes += problem.sample_passes - before
         return engine
 
     def steps(self, problem: Problem) -> int:
