@@ -539,8 +539,14 @@ def test_older_files_without_a_sample_still_load_and_verify(written, capsys):
     assert (found.samples, found.answer) == (2, None)
     _show_verification(found)
     assert "run on 2 samples, no answer in it to compare with" in capsys.readouterr().out
-    old = verify(ZOO / "cifar10-resnet20-w2.0" / "model.safetensors")
-    assert (old.samples, old.answer) == (2, None)
+
+
+@pytest.mark.parametrize("name", ["cifar10-resnet20-w2.0", "cifar10-resnet20-w2.5a4"])
+def test_networks_of_the_zoo_give_the_answer_in_their_file(name):
+    found = verify(ZOO / name / "model.safetensors")
+    assert found.samples == 2
+    assert found.answer is not None
+    assert found.answer <= found.allowed
 
 
 def test_a_sample_takes_the_same_room_whether_there_is_one_or_not(tmp_path):
