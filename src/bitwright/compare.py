@@ -249,9 +249,10 @@ class Comparison:
         method: SearchMethod[Any] = make_options(get_method(name), self.plan.options[label], f"compare.options.{label}")
         measured = None
         if isinstance(method, ScoredMethod) and method.table is None:
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # it takes one step, and may take it from another table now
             measured = self._measured(entry)
-            method = method if measured is None else replace(method, table=str(measured / sensitivity.FILE))
+            if measured is not None:
+                method = replace(method, table=str(measured / sensitivity.FILE))
+                shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # what was begun without the table is not needed any more
         problem = job.on_proxy(job.problem_of(job.network, budgets=job.parse_budgets(entry.budget)))
         tell = f"{entry.label} search"
         stop = Stop(section.steps, section.seconds)
