@@ -26,7 +26,7 @@ from bitwright.errors import BitwrightError, BudgetError, RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.job import Job
 from bitwright.measure import trained
-from bitwright.methods import get_method
+from bitwright.methods import get_method, limpq
 from bitwright.methods.fisher import Fisher
 from bitwright.plan import Plan
 from bitwright.problem import Problem
@@ -240,6 +240,29 @@ def test_what_was_measured_for_one_budget_is_solved_again_for_another(tmp_path: 
     ]
     assert without_times(solved) == without_times(alone)  # sample-passes too, as a search at this budget alone would have taken
     assert solved["search"]["seconds"] > first["search"]["seconds"]
+
+
+def test_a_scoring_method_that_trains_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    train = limpq._Engine.train
+
+    class Killed(BaseException):
+        pass
+
+    def counted(self: Any, step: int) -> None:
+        steps.append(step)
+        if steps == [0, 1, 2]:
+            raise Killed
+        train(self, step)
+
+    monkeypatch.setattr(limpq._Engine, "train", counted)
+    options = {"limpq": {"max_steps": 4, "batch_size": 32}}
+    recipe = recipe_of(methods=["limpq"], seeds=[0], short=None, long=None, options=options)
+    recipe["search"] = {**recipe["search"], "save_every": 1}
+    with pytest.raises(Killed):
+        compare(recipe, tmp_path / "c")
+    compare(recipe, tmp_path / "c")
+    assert steps == [0, 1, 2, 2, 3]  # the third was killed
 
 
 def test_work_of_another_process_is_waited_for(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
