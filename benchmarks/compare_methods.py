@@ -8,6 +8,8 @@ In a short stage every method is fine-tuned for ``--short`` steps of 128 images,
 held-out images, and uniform, for ``--long`` steps; all against the float network's soft labels. A seed is a split, a search and a
 training. Searches that train, sample or evolve get about 46,000 sample-passes each, one for each training image, instead of their
 defaults, so that none is given more than another; the others take what they need. ``--long 0`` leaves the long stage out.
+``--search-steps 480`` gives sdq, seam, edmips and fracbits another length than these 120 steps, in runs and files of their own: what a
+longer search brings.
 
 The work is one `bitwright compare` a network and kind of budget, under ``--runs``. The same command goes on after a kill, and several
 processes that run it at once share the work. Writes results/compare-cifar10-resnet20.csv and results/compare-resnet8.csv (a row a
@@ -43,10 +45,10 @@ BUDGETS: dict[str, dict[str, Any]] = {
     # The ends alone lift uniform 2 bits above an average of 2, so uniform is 1 bit there; W2A32 is a budget that uniform 2 bits keep.
     "weights": {"budgets": ["weight_bits<=2", "weight_bits<=W2A32"], "weights": list(range(1, 9)), "activations": [32]},
 }
-TRAINED: dict[str, dict[str, Any]] = {
-    **{name: {"epochs": 1, "max_steps": 120, "lr": 0.01} for name in ("sdq", "seam", "edmips", "fracbits")},
-    "limpq": {"epochs": 1, "max_steps": 15},  # a step passes its batch once per width, and once more
-}
+STEPS = 120
+"""Steps of a search that trains; with 128 images each, forward and backward, about 46,000 sample-passes."""
+TRAINED = ("sdq", "seam", "edmips", "fracbits")
+LIMPQ = {"epochs": 1, "max_steps": 15}  # a step passes its batch once per width, and once more
 SAMPLED: dict[str, dict[str, Any]] = {
     "haq": {"episodes": 60},
     "evolution": {"trials": 90},
@@ -59,7 +61,8 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
     settings, budgets = NETWORKS[network], BUDGETS[kind]
     methods = arguments.methods or list(available())
     fast = FAST if arguments.fast else {}
-    options = {**{name: {**own, **fast} for name, own in TRAINED.items()}, **SAMPLED}
+    trained = {"epochs": 1 + arguments.search_steps // 375, "max_steps": arguments.search_steps, "lr": 0.01, **fast}
+    options = {**dict.fromkeys(TRAINED, trained), "limpq": {**LIMPQ, **fast}, **SAMPLED}
     section = {
         "methods": methods,
         "seeds": arguments.seeds,
@@ -71,7 +74,7 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
     }
     tuned = {"epochs": 1, "batch_size": 128, "lr": settings["lr"], "weight_decay": 2.5e-5, "low_bit_decay": False, **fast}
     return {
-        "name": f"compare-{network}-{kind}",
+        "name": f"{file_of(network, arguments)}-{kind}",
         "threads": 1,
         "data": {"name": "cifar10", "held_out": 2000, "options": settings["options"]},
         "model": {"name": settings["model"], "weights": str(getattr(arguments, network.rpartition("-")[2]))},
@@ -83,9 +86,14 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
     }
 
 
-def with_others(network: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+def file_of(network: str, arguments: argparse.Namespace) -> str:
+    """Return the name of a network's result file."""
+    return f"compare-{network}" + ("" if arguments.search_steps == STEPS else f"-{arguments.search_steps}-steps")
+
+
+def with_others(name: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return rows and, from the file that is there, those of other budgets, in the order of the budgets."""
-    file, new = RESULTS / f"compare-{network}.csv", {row["budget"] for row in rows}
+    file, new = RESULTS / f"{name}.csv", {row["budget"] for row in rows}
     if file.is_file():
         with file.open(newline="") as opened:
             rows = rows + [row for row in csv.DictReader(opened) if row["budget"] not in new]
@@ -93,10 +101,10 @@ def with_others(network: str, rows: list[dict[str, str]]) -> list[dict[str, str]
     return sorted(rows, key=lambda row: order.index(row["budget"]))
 
 
-def rows_of(network: str, directory: Path) -> list[dict[str, str]]:
+def rows_of(title: str, directory: Path) -> list[dict[str, str]]:
     """Return the rows of a comparison's table."""
     with (directory / "compare.csv").open(newline="") as file:
-        return [{**row, "network": network} for row in csv.DictReader(file)]
+        return [{**row, "network": title} for row in csv.DictReader(file)]
 
 
 def main() -> None:
@@ -109,6 +117,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--short", type=int, default=100, help="steps of the first stage (default: 100)")
     parser.add_argument("--long", type=int, default=375, help="steps of the second stage (default: 375, an epoch)")
+    parser.add_argument("--search-steps", type=int, default=STEPS, help=f"of searches that train (default: {STEPS})")
     parser.add_argument("--methods", nargs="+", help="by default all there are")
     every = [text for kind in BUDGETS.values() for text in kind["budgets"]]
     parser.add_argument("--budgets", nargs="+", choices=every, default=every[:-1], help="by default all but the last")
@@ -123,14 +132,16 @@ def main() -> None:
             continue
         rows = []
         for kind in [kind for kind, settings in BUDGETS.items() if set(settings["budgets"]) & set(arguments.budgets)]:
-            out = arguments.runs / f"compare-{network}-{kind}"
+            out = arguments.runs / f"{file_of(network, arguments)}-{kind}"
             place = {"data_root": arguments.data_root, "device": arguments.device, "log": Progress(sys.stderr)}
             recipe = recipe_of(network, kind, arguments)
             for table in compare(recipe, out, overrides=arguments.set, made_by=made_by, **place)["tables"]:
                 print(f"{network}, {table['budget']}, {table['stage']}:", *table["sentences"], sep="\n  ", flush=True)
-            rows += rows_of(network, out)
+            longer = "" if arguments.search_steps == STEPS else f", searches of {arguments.search_steps} steps"
+            rows += rows_of(f"{network}{longer}", out)
         if not arguments.no_write:
-            print(write(f"compare-{network}", with_others(network, rows)))
+            name = file_of(network, arguments)
+            print(write(name, with_others(name, rows)))
 
 
 if __name__ == "__main__":

@@ -579,6 +579,7 @@ def _plus_minus(row: Row, value: str, interval: str) -> str:
 SECTIONS = {
     "compare-cifar10-resnet20": compared,
     "compare-resnet8": compared,
+    "compare-resnet8-480-steps": compared,
     "quick-recipes": quick,
     "equal-finetuning": equal,
     "qat-step-cpu-bfloat16": step,

@@ -118,6 +118,7 @@ def test_messages(graph):
             {"param_encodings": [{**DOCUMENTED["param_encodings"][0], "name": "scale"}]},
             "name the parameter 'scale', which is no layer's weight",
         ),
+        ({"excluded_layers": ["relu", "fc"]}, "give 'fc' a weight and exclude it from quantization; leave one of them out"),
     ):
         with pytest.raises(PolicyError, match=message):
             understand(json.dumps({**DOCUMENTED, **change}), "aimet", subject, graph=graph)
