@@ -74,7 +74,7 @@ def recipe_of(network: str, kind: str, arguments: argparse.Namespace) -> dict[st
     }
     tuned = {"epochs": 1, "batch_size": 128, "lr": settings["lr"], "weight_decay": 2.5e-5, "low_bit_decay": False, **fast}
     return {
-        "name": f"{file_of(network, arguments)}-{kind}",
+        "name": f"compare-{network}-{kind}",
         "threads": 1,
         "data": {"name": "cifar10", "held_out": 2000, "options": settings["options"]},
         "model": {"name": settings["model"], "weights": str(getattr(arguments, network.rpartition("-")[2]))},
