@@ -2,7 +2,8 @@
 
     python benchmarks/transfer.py --data-root DATA --weights RESNET20.th [--arms …] [--finetune EPOCHS] [--runs runs/transfer]
     python benchmarks/transfer.py --data-root DATA --model cifar_resnet56 --weights RESNET56.th --finetune 1
-    python benchmarks/transfer.py --data-root DATA --target cifar100 --weights runs/cifar100-resnet20-seam/float.safetensors --finetune 1
+    python benchmarks/transfer.py --data-root DATA --target cifar100 --budget 'weight_bits<=W3A32' --finetune 1
+        --weights runs/cifar100-resnet20-seam/float.safetensors
     python benchmarks/transfer.py --data-root DATA --target imagenette224 --model folded --weights MOBILENET_V2.npz --finetune 5
 
 Every proxy arm searches with the same method and steps. For CIFAR-10 proxies have 2,000 images (4 % of its 50,000): good ones
@@ -225,7 +226,7 @@ def flags(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--target", choices=list(TARGETS), default="cifar10")
     parser.add_argument("--arms", nargs="+", help="all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--budget", default="weight_bits<=3.03", help="just holds uniform 3 bits between ends of 8, for ResNet-20")
+    parser.add_argument("--budget", default="weight_bits<=3.03", help="just holds uniform 3 bits in ResNet-20 with 10 classes")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--no-write", action="store_true", help="only run; another process writes the rows")
