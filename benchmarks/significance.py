@@ -1,4 +1,4 @@
-"""How often does `bitwright compare` call a difference significant that is not there, and how often does it find one that is?
+"""Simulates how often `bitwright compare` calls a difference significant that is not there, and how often it finds one that is.
 
     python benchmarks/significance.py [--repetitions 400]
 
