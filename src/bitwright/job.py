@@ -81,6 +81,8 @@ class Job:
         """The data set, its batches on the device and in the recipe's quality."""
         section = self.recipe.data
         data = load_data(section.name, self.data_root, held_out=section.held_out, seed=self.recipe.seed, **section.options)
+        if section.images is not None:
+            data = replace(data, fit=data.fit.take(section.images))
         return self._in_quality(self._moved(data))
 
     def _in_quality(self, data: Data) -> Data:

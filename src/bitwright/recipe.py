@@ -78,10 +78,15 @@ class QualitySection(Section):
 
 
 class DataSection(Section):
-    """Which data, how many training images are held out for selection, and in what quality they come."""
+    """Which data, how many training images are held out for selection and how many of the others are used, and in what quality they come.
+
+    Attributes:
+        images: training images that everything learns, searches and calibrates on, beside the held-out ones; all there are by default.
+    """
 
     name: str
     held_out: int = Field(ge=1)
+    images: int | None = Field(default=None, ge=1)
     options: Options = Field(default_factory=dict)
     quality: QualitySection | None = None
 
