@@ -126,7 +126,7 @@ def test_a_stage_done_again_renews_the_report(finished_run: Path, tmp_path: Path
 
 def test_images_limit_what_everything_sees_of_the_training_images(tiny: dict[str, Any], tmp_path: Path) -> None:
     job = Job.open(load_recipe(tiny), tmp_path / "run")
-    job.run.finish("float")
+    (job.run.path / "float.jsonl").touch()  # it has begun
     whole, few = job.data, Job.open(load_recipe(tiny, ["data.images=64"]), tmp_path / "few").data
     assert len(few.fit) == 64 < len(whole.fit)
     assert torch.equal(few.fit.batch(torch.arange(64))[0], whole.fit.batch(torch.arange(64))[0])
@@ -137,7 +137,7 @@ def test_images_limit_what_everything_sees_of_the_training_images(tiny: dict[str
 
 def test_a_run_of_before_a_key_was_there_goes_on(tiny: dict[str, Any], tmp_path: Path) -> None:
     run = Job.open(load_recipe(tiny), tmp_path / "run").run
-    run.finish("float")
+    (run.path / "float.jsonl").touch()  # it has begun
     manifest = run.path / Run.MANIFEST
     content = json.loads(manifest.read_text())
     assert content["recipe"].pop("data.images") is None
