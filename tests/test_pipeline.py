@@ -460,3 +460,51 @@ def test_a_split_that_is_moved_to_a_device_can_be_of_mixed_quality() -> None:
     expected, labels = MixedSplit(base, mix, seed=0).batch(index)
     assert torch.equal(x, expected)
     assert torch.equal(y, labels)
+
+
+MEDDLING = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from bitwright.driver import Proposal, SearchMethod
+
+
+@dataclass
+class State:
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Meddling(SearchMethod[State]):
+    """Proposes the narrowest widths, and zeroes the network at its first step."""
+
+    ranking: ClassVar[str] = "last"
+
+    def start(self, problem):
+        return State()
+
+    def step(self, problem, state, told):
+        with torch.no_grad():
+            problem.model.fc.weight.zero_()
+        return State(1), Proposal(problem.cheapest())
+
+    def done(self, problem, state):
+        return state.steps > 0
+'''
+
+
+def test_a_method_that_changes_the_network_is_refused_and_changes_only_a_copy(
+    finished_run: Path, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meddling.py").write_text(MEDDLING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    job = Job.open(load_recipe(tiny, ["search.method=meddling:Meddling", "search.options={}"]), tmp_path / "run")
+    refusal = r"method 'meddling' changed the network: after the search the network's weights or buffers are others; let it work on copy"
+    for again in (job, job, Job.load(tmp_path / "run")):  # what it found is not taken for a finished search either
+        with pytest.raises(RecipeError, match=refusal):
+            pipeline.run_stages(again)
+    assert not job.run.finished("search")
+    assert not (tmp_path / "run/policy.json").exists()
+    assert torch.equal(job.network.state_dict()["fc.weight"], load_tree(finished_run / "float.safetensors")["fc.weight"])

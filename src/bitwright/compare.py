@@ -27,11 +27,11 @@ from typing import Any
 
 from bitwright import runs, sensitivity
 from bitwright.claims import claim
-from bitwright.driver import SearchMethod, Stop, search
+from bitwright.driver import SearchMethod, Stop
 from bitwright.errors import BitwrightError, BudgetError, DataError, RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.job import Job, Log
-from bitwright.measure import found, keep_correct, row_of, trained
+from bitwright.measure import found, keep_correct, row_of, searched, trained
 from bitwright.methods import get_method
 from bitwright.outside import is_outside, last_line, source_digest
 from bitwright.pipeline import check_trainable, float_stage, threads
@@ -258,9 +258,7 @@ class Comparison:
         stop = Stop(section.steps, section.seconds)
         log = partial(self.log, tell)
         with _theirs(method):
-            result = search(problem, method, out=folder, stop=stop, log=log, save_every=section.save_every)
-        if result.status == "interrupted":
-            raise KeyboardInterrupt
+            result = searched(problem, method, folder, stop=stop, log=log, save_every=section.save_every)
         record = found(job, problem, name, result)
         if measured is not None:  # a search at this budget alone would have measured too
             record["seconds"] += _read(measured / "result.json")["seconds"]

@@ -395,6 +395,17 @@ def digest(model: nn.Module) -> str:
     return hashed.hexdigest()
 
 
+def condition(model: nn.Module) -> dict[str, Any]:
+    """Return what a search must leave of a network as it was; the keys complete "after the search …"."""
+    modules = list(model.modules())
+    return {
+        "the network's weights or buffers are others": digest(model),
+        "modules of the network are in another mode": [module.training for module in modules],
+        "other parameters of the network want gradients": [p.requires_grad for p in model.parameters()],
+        "hooks are left on the network": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
+    }
+
+
 def _checked_choices(trace: Trace, choices: Choices) -> dict[str, tuple[Bits, ...]]:
     names = [site.name for site in trace.sites]
     for name in choices:
