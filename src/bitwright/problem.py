@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright import allocation
 from bitwright.errors import BitwrightError, BudgetError, PolicyError, SiteError, nearest
@@ -388,8 +388,13 @@ def digest(model: nn.Module) -> str:
     >>> digest(net) == before
     False
     """
+    return digest_of(model.state_dict())
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the `digest` of a network that has these parameters and buffers."""
     hashed = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
