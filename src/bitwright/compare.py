@@ -352,7 +352,8 @@ class Comparison:
             known: dict[str, str] = run.manifest["stages"]["float"]["networks"] if run.finished("float") else self._unbound()
             if known.get(str(seed), own) != own:
                 what = f"{path}: its float network is not the one that this seed began with"
-                raise RunError(f"{what}; restore {weights or 'its float.safetensors'}, or give another --out")
+                files = " or ".join(filter(None, ["its float.safetensors", weights]))
+                raise RunError(f"{what}; restore {files}, or give another --out")
             other = next((name for name, network in known.items() if weights is not None and network != own), None)
             if other is not None:
                 what = f"{self.run.path}: model.weights={weights} is not the network that seed {other} began with"
