@@ -78,11 +78,7 @@ class QualitySection(Section):
 
 
 class DataSection(Section):
-    """Which data, how many training images are held out for selection and how many of the others are used, and in what quality they come.
-
-    Attributes:
-        images: training images that everything learns, searches and calibrates on, beside the held-out ones; all there are by default.
-    """
+    """Which data, how many training images are held out for selection and how many others are used (all by default), and in what quality."""
 
     name: str
     held_out: int = Field(ge=1)
