@@ -78,7 +78,7 @@ class QualitySection(Section):
 
 
 class DataSection(Section):
-    """Which data, how many training images are held out for selection and how many others are used (all by default), and in what quality."""
+    """Which data, how many training images are held out for selection and how many others used (all by default), and in what quality."""
 
     name: str
     held_out: int = Field(ge=1)
