@@ -7,14 +7,13 @@ The total loss is taken to be the sum over the sites, each changed alone, so the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,17 +23,12 @@ from bitwright.allocation import allocate
 from bitwright.driver import Proposal, SearchMethod, Trial
 from bitwright.errors import RunError
 from bitwright.policy import Bits, Policy
-from bitwright.problem import Problem, digest
+from bitwright.problem import Problem, digest, identity
 from bitwright.quant import QuantOptions
-
-if TYPE_CHECKING:
-    from bitwright.data import Split
 
 FORMAT = "bitwright-sensitivity-1"
 FILE = "sensitivity.json"
 """What a search by a `ScoredMethod` leaves in its run directory."""
-SAMPLE = 16
-"""Images of each split, evenly spaced, that stand for it in a fingerprint."""
 PARTS = {"model": "another network", "data": "other data", "quantizer": "another quantizer", "options": "other options"}
 """What a table must share with the problem that it is used on, and what is said of one that does not."""
 
@@ -162,7 +156,7 @@ def fingerprint(problem: Problem, method: ScoredMethod | None) -> dict[str, Any]
     data = problem.data if problem.has_data else None
     parts: dict[str, Any] = {
         "model": digest(problem.model)[:16],
-        "data": data and {"fit": _identity(data.fit), "selection": _identity(data.selection)},
+        "data": data and {"fit": identity(data.fit), "selection": identity(data.selection)},
         "sites": {site.name: list(site.layers) for site in problem.sites},
     }
     if method is not None:
@@ -171,17 +165,6 @@ def fingerprint(problem: Problem, method: ScoredMethod | None) -> dict[str, Any]
         parts["choices"] = {name: [list(bits) for bits in allowed] for name, allowed in problem.choices.items()}
     plain: dict[str, Any] = json.loads(json.dumps(parts, default=repr))
     return plain
-
-
-def _identity(split: Split) -> dict[str, Any]:
-    """Return what tells one split from another: its size, and a digest of a few images, as evaluated and as trained on."""
-    hashed = hashlib.sha256()
-    index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).long()
-    for generator in (None, torch.Generator().manual_seed(0)):
-        for tensor in split.batch(index, generator):
-            hashed.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {"images": len(split), "classes": split.classes, "sample": hashed.hexdigest()[:16]}
 
 
 def parse_bits(text: str) -> Bits:
