@@ -155,6 +155,8 @@ def _search_alarms(facts: Facts) -> list[str]:
     last: Row = facts.search[-1] if facts.search else {}
     if last.get("repaired"):
         found.append("The method's last proposal broke the budget; the nearest feasible policy was taken instead.")
+    if (last.get("note") or {}).get("short"):
+        found.append(f"The search took {last['step']} steps, too few to see what a width is worth: leave out its epochs and max_steps.")
     if (last.get("note") or {}).get("collapsed"):
         found.append("Nearly every bit-width fell to its lowest candidate: the budget leaves no choice, or the search moved too fast.")
     return found
