@@ -260,6 +260,24 @@ def test_a_method_without_a_proposal_or_without_a_state():
         search(problem(), Stateless((policy(1, 1),)))
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, r"step 1: step\(\) returned NoneType; let it return a tuple of the state and a Proposal or None"),
+        ((Place(1), policy(1, 1)), r"step 1: step\(\) returned \(Place, Policy\); let it"),
+        ((Place(1), None, None), r"returned \(Place, NoneType, NoneType\)"),
+        ((3, None), r"its state is a int; let step\(\) return a dataclass"),
+    ],
+)
+def test_a_step_that_returns_something_else(answer, message):
+    class Odd(Scripted):
+        def step(self, problem, state, told):
+            return answer
+
+    with pytest.raises(TypeError, match=message):
+        search(problem(), Odd((policy(1, 1),)))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, bad):
     losses = {policy(3, 1): bad}

@@ -229,9 +229,7 @@ class _Session:
         with _seeded(self.problem, 0):
             self.state = self.method.start(self.problem)
         started = self.problem.sample_passes - before
-        if not dataclasses.is_dataclass(self.state) or isinstance(self.state, type):
-            kind = type(self.state).__name__
-            raise TypeError(f"method '{self.method.name}': its state is a {kind}; let start() return a dataclass of tensors and numbers")
+        self._check_state(self.state, "start()")
         self.identity = self._fingerprint()
         saved = None if self.out is None else latest(self.out, self.identity)
         if saved is None:
@@ -273,14 +271,29 @@ class _Session:
     def advance(self) -> Status | None:
         """Take one step; return "done" if it was the method's last."""
         with _seeded(self.problem, self.steps + 1):
-            self.state, proposal = self.method.step(self.problem, self.state, self.told)
+            answer = self.method.step(self.problem, self.state, self.told)
             self.steps += 1
+            self.state, proposal = self._checked(answer)
             done = self.method.done(self.problem, self.state)
         self.told = None if proposal is None else self._dispose(proposal, last=done)
         if done and not self.history:
             raise PolicyError(f"method '{self.method.name}' was done after {self.steps} steps without a proposal; let step() return one")
         self.finished = "done" if done else None
         return self.finished
+
+    def _checked(self, answer: Any) -> tuple[Any, Proposal | None]:
+        """Return the state and the proposal of a step; raises `TypeError` for anything else."""
+        if isinstance(answer, tuple) and len(answer) == 2 and (answer[1] is None or isinstance(answer[1], Proposal)):
+            self._check_state(answer[0], "step()")
+            return answer
+        shown = f"({', '.join(type(part).__name__ for part in answer)})" if isinstance(answer, tuple) else type(answer).__name__
+        where = f"method '{self.method.name}', step {self.steps}"
+        raise TypeError(f"{where}: step() returned {shown}; let it return a tuple of the state and a Proposal or None")
+
+    def _check_state(self, state: Any, who: str) -> None:
+        if not dataclasses.is_dataclass(state) or isinstance(state, type):
+            kind = type(state).__name__
+            raise TypeError(f"method '{self.method.name}': its state is a {kind}; let {who} return a dataclass of tensors and numbers")
 
     def _dispose(self, proposal: Proposal, *, last: bool) -> Trial:
         """Check, repair, evaluate and write down a proposal."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from bitwright.errors import BitwrightError, RecipeError
+
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -62,6 +64,22 @@ def is_outside(kind: type) -> bool:
     """
     top = kind.__module__.partition(".")[0]
     return top != PACKAGE and top not in sys.stdlib_module_names
+
+
+@contextmanager
+def theirs(kind: type) -> Iterator[None]:
+    """Turn whatever a search method from outside the package raises into an error that says where; our own methods may not fail."""
+    try:
+        yield
+    except BitwrightError:
+        raise
+    except Exception as error:
+        if not is_outside(kind):
+            raise
+        file = getattr(sys.modules[kind.__module__], "__file__", None)
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        place = f" ({file}, line {own[-1].lineno}); mend that file" if own else ""
+        raise RecipeError(f"the search failed: {last_line(error)}{place}") from error
 
 
 def source_digest(kind: type) -> str | None:

@@ -35,6 +35,7 @@ from bitwright.job import PROXY, Job
 from bitwright.measure import found
 from bitwright.methods import get_method
 from bitwright.models import available, load_weights
+from bitwright.outside import theirs
 from bitwright.policy import Policy
 from bitwright.recipe import ExportSection, Recipe, load_recipe, make_options
 from bitwright.report import render
@@ -188,15 +189,16 @@ def search_stage(job: Job) -> dict[str, Any]:
         look(row)
         job.log("search", row)
 
-    result = search(
-        problem,
-        method,
-        out=job.run.path,
-        stop=Stop(section.steps, section.seconds, goal),
-        log=log,
-        never_worse=section.never_worse,
-        save_every=section.save_every,
-    )
+    with theirs(type(method)):
+        result = search(
+            problem,
+            method,
+            out=job.run.path,
+            stop=Stop(section.steps, section.seconds, goal),
+            log=log,
+            never_worse=section.never_worse,
+            save_every=section.save_every,
+        )
     if result.status == "interrupted":
         raise KeyboardInterrupt
     uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}

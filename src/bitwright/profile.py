@@ -22,6 +22,7 @@ from bitwright.exporters.packed import packed_overhead
 from bitwright.job import Job
 from bitwright.memory import ActivationMemory
 from bitwright.methods import available, get_method
+from bitwright.outside import theirs
 from bitwright.policy import Bits
 from bitwright.problem import Problem
 from bitwright.recipe import make_options
@@ -157,7 +158,8 @@ def _sensitivity(job: Job, problem: Problem, method: ScoredMethod) -> Sensitivit
             table.check(problem, method)
             table.scores(problem)
             return table
-    return method.sensitivity(problem)
+    with theirs(type(method)):
+        return method.sensitivity(problem)
 
 
 def show(result: Mapping[str, Any]) -> None:

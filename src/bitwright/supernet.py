@@ -36,7 +36,7 @@ from bitwright.training.finetune import (
 )
 
 STEPS = 150
-"""Steps that a search takes at least unless it is told how long: the gain of a width is seen in one gradient a step, which is mostly noise."""
+"""Steps that a search takes at least unless it is told how long: what a step sees of a width's gain is mostly noise."""
 KNOWN = {"quantizer": ("lsq", "entropy", "dorefa"), "precision": ("float32", "bfloat16")}
 
 
