@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -26,7 +27,9 @@ from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, digest, identity
 from bitwright.quant import QuantOptions
 
-FORMAT = "bitwright-sensitivity-1"
+FORMAT = "bitwright-sensitivity-2"
+FORMER = "bitwright-sensitivity-1"
+"""Of tables without a digest: nobody can tell whether they were changed."""
 FILE = "sensitivity.json"
 """What a search by a `ScoredMethod` leaves in its run directory."""
 PARTS = {"model": "another network", "data": "other data", "quantizer": "another quantizer", "options": "other options"}
@@ -120,9 +123,8 @@ class Sensitivity:
     def to_json(self) -> str:
         """Return the table as JSON text; `load` reads it back from a file."""
         values = {site: {repr(bits): value for bits, value in row.items()} for site, row in self.values.items()}
-        content = {"format": FORMAT, "measure": self.measure, "sample_passes": self.sample_passes}
-        content |= {"fingerprint": self.fingerprint, "values": values}
-        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+        content = {"measure": self.measure, "sample_passes": self.sample_passes, "fingerprint": self.fingerprint, "values": values}
+        return json.dumps({"format": FORMAT, "digest": _digest(content), **content}, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the table to a JSON file, atomically."""
@@ -130,13 +132,16 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """Read what `save` wrote; raises `RunError` for anything else."""
+        """Read what `save` wrote; raises `RunError` for anything else, and for a table that was changed since."""
         try:
             content = json.loads(Path(path).read_text("utf-8"))
-            if content["format"] != FORMAT:
+            if content["format"] not in (FORMAT, FORMER):
                 raise ValueError(f"format {content['format']!r}, expected '{FORMAT}'")
             values = {str(site): {parse_bits(text): float(value) for text, value in row.items()} for site, row in content["values"].items()}
-            return cls(str(content["measure"]), values, dict(content["fingerprint"]), int(content.get("sample_passes", 0)))
+            fault = _fault(content, values)
+            if fault is not None:
+                raise RunError(f"table {path}: {fault}; {_mend(content['measure'])}")
+            return cls(str(content["measure"]), values, dict(content["fingerprint"]), int(content["sample_passes"]))
         except OSError as error:
             raise RunError(f"table {path}: cannot be read ({error.strerror}); give a file that `bitwright profile --save` wrote") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -165,6 +170,42 @@ def fingerprint(problem: Problem, method: ScoredMethod | None) -> dict[str, Any]
         parts["choices"] = {name: [list(bits) for bits in allowed] for name, allowed in problem.choices.items()}
     plain: dict[str, Any] = json.loads(json.dumps(parts, default=repr))
     return plain
+
+
+def _fault(content: Mapping[str, Any], values: Mapping[str, Mapping[Bits, float]]) -> str | None:
+    """Return why the values of a table are not those that were measured, if that is so."""
+    for site, row in values.items():
+        for bits, value in row.items():
+            if not math.isfinite(value):
+                return f"the value of site '{site}' at {bits!r} is {value}, not a finite number"
+    if content["format"] == FORMER:
+        return "written by an earlier version, which does not show whether it was changed"
+    if content["digest"] != _digest({name: part for name, part in content.items() if name not in ("format", "digest")}):
+        return "changed by hand since it was measured (its digest does not match)"
+    return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of a table's content."""
+    return runs.fingerprint(content)[:16]
+
+
+def other_quantizer(options: QuantOptions) -> str | None:
+    """Return what is to be known where a policy will be quantized otherwise than sensitivities are measured; None where alike.
+
+    Like the loss of a policy, they are taken with one reference quantizer, the default `QuantOptions`; points are no sites.
+
+    >>> other_quantizer(QuantOptions(points=("add",)))
+    >>> other_quantizer(QuantOptions(rule="minmax")).partition(",")[0]
+    'Sensitivities are measured with the reference quantizer'
+    """
+    changed = [f"{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(QuantOptions) if f.name != "points"]
+    reference = [f"{f.name}={f.default}" for f in dataclasses.fields(QuantOptions) if f.name != "points"]
+    others = ", ".join(text for text, usual in zip(changed, reference, strict=True) if text != usual)
+    if not others:
+        return None
+    way = "the order of choices may be another there, so look at the policy after fine-tuning (`bitwright compare`)"
+    return f"Sensitivities are measured with the reference quantizer, and the recipe quantizes with {others}: {way}."
 
 
 def parse_bits(text: str) -> Bits:

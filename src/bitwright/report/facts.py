@@ -122,6 +122,8 @@ def alarms(facts: Facts) -> list[str]:
     found = []
     if facts.found.get("status") == "stopped":
         found.append("The search was stopped by a step or time limit, or at an accuracy, before the method was done.")
+    if facts.found.get("alarm"):
+        found.append(facts.found["alarm"])
     if facts.certificate and not facts.certificate["safe"]:
         found.append("The policy is not safe to transfer from its proxy: " + "; ".join(facts.certificate["reasons"]) + ".")
     tables = (facts.latency, (facts.artefact.get("latency") or {}).get("table", {}))
