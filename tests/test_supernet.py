@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from bitwright.driver import search
+from bitwright.driver import Stop, search
 from bitwright.methods.edmips import EdMIPS
 from bitwright.methods.fracbits import FracBits
+from bitwright.methods.limpq import LIMPQ
 from bitwright.methods.sdq import SDQ
 from bitwright.methods.seam import SEAM
+from bitwright.problem import Problem
 from bitwright.supernet import STEPS, SupernetMethod
 from bitwright.testing import planted
 
@@ -49,3 +53,21 @@ def test_a_search_that_is_long_enough_says_nothing() -> None:
     search(planted("linear", 0).problem, SEAM(batch_size=16), log=lines.append)
     assert lines[-1]["step"] == STEPS
     assert all("short" not in line.get("note", {}) for line in lines)
+
+
+@pytest.mark.parametrize("method", [*METHODS, LIMPQ])
+def test_the_calibration_is_spent_once(method: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a search is resumed, which builds the network anew."""
+    plant, batch, spent = planted("linear", 0).problem, 16, []
+    spend = Problem.spend
+    monkeypatch.setattr(Problem, "spend", lambda self, samples, **how: (spent.append((samples, how)), spend(self, samples, **how))[1])
+
+    def fresh() -> Problem:
+        return Problem(plant.model, plant.trace, plant.choices, plant.budgets, plant.data, evaluate=lambda policy: 1.0)
+
+    options = method(max_steps=3, batch_size=batch)
+    whole = search(fresh(), options).sample_passes
+    assert spent.count((256, {})) == 1
+    for steps in (0, 1, 2, None):
+        result = search(fresh(), options, out=tmp_path, stop=Stop(steps=steps))
+    assert result.sample_passes == whole

@@ -159,6 +159,7 @@ class Supernet:
         self.row_gates = [self._gate(row.widths) for row in decisions.rows]
         images = calibration_images(problem.data.fit)
         assert images is not None
+        self.calibrated_on = len(images)
         gates = {layer: self._layer_gates(name) for name in problem.choices for layer in problem.trace[name].layers}
         self.network = switchable(problem.model, gates, images.to(self.device), form=method.quantizer)
         set_memory_order(self.network.train(), channels_last=method.channels_last)
@@ -179,8 +180,10 @@ class Supernet:
         return LayerGates(*both)
 
     def attach(self, state: SupernetState, *, fresh: bool) -> None:
-        """Make the tensors of the network those of a state; a fresh state takes the network's."""
-        if not fresh:
+        """Make the tensors of the network those of a state; a fresh state takes the network's, whose calibration is then spent."""
+        if fresh:
+            self.problem.spend(self.calibrated_on)
+        else:
             self.network.load_state_dict(state.weights)
             self.optimizer.load_state_dict(state.optimizer)
         state.weights = dict(self.network.state_dict())
