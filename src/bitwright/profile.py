@@ -61,6 +61,7 @@ def profile(
         policies: how many of them; by default as many as `check_additivity` draws.
 
     Raises:
+        BudgetError: no policy keeps the budgets close to which policies are drawn.
         BitwrightError: sensitivities need trained weights and there are none; or ``measure`` scores nothing.
     """
     result = {"model": job.recipe.model.name, **_table(job.trace, job.overhead)}
@@ -68,6 +69,8 @@ def profile(
         return result
     method = _method(job, measure)
     problem = job.problem_of(_network(job))
+    if additivity:
+        problem.check()
     table = _sensitivity(job, problem, method)
     if save is not None:
         table.save(save)
