@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint
 
@@ -11,9 +12,10 @@ import pytest
 from safetensors.torch import save_file
 
 import bitwright.methods
-from bitwright import cli, runs
+from bitwright import baselines, cli, runs
 from bitwright.driver import SearchMethod, search
 from bitwright.errors import RecipeError, RunError
+from bitwright.job import Job
 from bitwright.methods import available, get_method
 from bitwright.methods.uniform import Uniform
 from bitwright.policy import Policy
@@ -129,6 +131,29 @@ def test_a_fault_of_a_method_from_outside_is_one_line_that_says_where(name, inst
     assert said.startswith("bitwright: the search failed: ")
     assert message.replace("PATH", str(file)) in said
     assert "Traceback" not in said
+
+
+SCORED = """
+from dataclasses import dataclass
+from bitwright.sensitivity import ScoredMethod
+
+
+@dataclass(frozen=True)
+class Scored(ScoredMethod):
+    def scores(self, problem):
+        return 1 / 0
+"""
+
+
+def test_profiles_and_baselines_say_it_too(monkeypatch, tmp_path, finished_run, capsys):
+    file = tmp_path / "fault_scored.py"
+    file.write_text(SCORED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(["profile", str(finished_run), "--sensitivity", "--measure", "fault_scored:Scored"]) == 2
+    message = f"the search failed: ZeroDivisionError: division by zero ({file}, line 9); mend that file"
+    assert message in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        baselines._policy(Job.load(finished_run), "fault_scored:Scored", 0)
 
 
 def test_a_fault_of_our_own_method_is_our_fault(monkeypatch, tmp_path, finished_run, capsys):
