@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,7 @@ def main() -> None:
         model = network.make(arguments.checkpoints / network.file).eval()
         for seed in arguments.seeds:
             data = load_data(network.data, arguments.data_root, held_out=network.held_out, seed=seed, **network.options)
+            data = replace(data, fit=data.fit.take(network.images))
             bench = Bench(name, network, model, data, trace(model, data.example()), seed, arguments.runs, logits_of(model, data))
             ablated = None if arguments.no_ablation or (name, seed) != (arguments.networks[0], arguments.seeds[0]) else arguments.ablated
             rows += [{**row, "threads": 1, **made_by} for row in rows_of(bench, arguments.budgets, ablated)]

@@ -60,3 +60,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny"
     run(copy.deepcopy(TINY), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Run a small comparison of two stages once; tests that write into it copy it first."""
+    from bitwright.compare import compare
+    from comparing import recipe_of
+
+    path = tmp_path_factory.mktemp("compare") / "tiny"
+    return path, compare(recipe_of(), path)

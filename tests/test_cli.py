@@ -268,6 +268,12 @@ def test_a_methods_options_are_flags_of_search(capsys: pytest.CaptureFixture[str
     assert "--within VALUE" in capsys.readouterr().out
 
 
+def test_the_seeds_of_compare_are_said_to_begin_with_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    assert "(default: the recipe's and the next two)" in " ".join(capsys.readouterr().out.split())
+
+
 # ---- the command line itself is wrong
 
 

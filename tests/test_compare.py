@@ -34,18 +34,9 @@ from bitwright.recipe import load_recipe
 from bitwright.report import render
 from bitwright.runs import Run, load_tree
 from bitwright.training import FinetuneOptions
+from comparing import LONG, SHORT, recipe_of, without_times
 from conftest import TINY
 
-SHORT = {"epochs": 1, "max_steps": 4, "checkpoint_seconds": 0.0}
-LONG = {"epochs": 1, "max_steps": 8, "checkpoint_seconds": 0.0}
-COMPARE = {
-    "methods": ["fisher", "random", "other=random"],
-    "seeds": [0, 1],
-    "options": {"fisher": {"samples": 128}, "other": {"within": 0.3}},
-    "short": SHORT,
-    "long": LONG,
-    "best": 1,
-}
 METHODS = '''
 from dataclasses import dataclass
 from typing import ClassVar
@@ -104,26 +95,6 @@ class Refusing(Cheapest):
     def start(self, problem):
         raise RecipeError("refusing: this needs two activation widths")
 '''
-
-
-def recipe_of(**changes: Any) -> dict[str, Any]:
-    """Return the tiny recipe with a comparison in it."""
-    return {**copy.deepcopy(TINY), "compare": {**COMPARE, **changes}}
-
-
-def without_times(content: Any) -> Any:
-    """Return content without what differs from one machine's hour to another's."""
-    if isinstance(content, dict):
-        times = ("seconds", "search_seconds", "made_by", "run", "manifest")
-        return {key: without_times(value) for key, value in content.items() if key not in times}
-    return [without_times(item) for item in content] if isinstance(content, list) else content
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Run a small comparison of two stages once; tests that write into it copy it first."""
-    path = tmp_path_factory.mktemp("compare") / "tiny"
-    return path, compare(recipe_of(), path)
 
 
 # ---- what it leaves
@@ -304,6 +275,31 @@ def test_a_killed_comparison_goes_on_to_the_same_result(compared: tuple[Path, di
     assert without_times(compare(file, path)) == without_times(compared[1])
 
 
+# ---- who goes on
+
+
+def test_methods_with_the_same_policies_share_one_place(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path = shutil.copytree(compared[0], tmp_path / "copy")
+    options = {"other": {"within": 0.3}, **{label: {"samples": 128} for label in ("fisher", "twin")}}
+    ranks = {"same=uniform": 0.9, "fisher": 0.8, "twin=fisher": 0.8, "other=random": 0.7, "random": 0.6}
+    for file in path.glob("trainings/*/result.json"):  # the order on the selection images is not left to chance
+        row = json.loads(file.read_text())
+        who = [name for name in ranks if json.dumps(row["bits"]) in _bits(compared[1], name)]
+        file.write_text(json.dumps({**row, "selection": {"top1": ranks[who[0]], "loss": 1.0}}))
+    short, long = compare(recipe_of(methods=list(ranks), options=options, best=2), path)["tables"]
+    assert set(short["goes_on"]) == {"uniform", "same", "fisher", "twin", "other"}  # "same" and "twin" take no place
+    assert {entry["label"] for entry in long["methods"]} == set(short["goes_on"])
+    twins = [entry for entry in long["methods"] if entry["label"] in ("fisher", "twin")]
+    assert [row["key"] for row in twins[0]["rows"]] == [row["key"] for row in twins[1]["rows"]]
+
+
+def _bits(content: dict[str, Any], name: str) -> set[str]:
+    """Return the policies that a method, named as in `compare.methods`, had in the first stage of a comparison."""
+    label = {"same=uniform": "uniform", "twin=fisher": "fisher"}.get(name, name.partition("=")[0])
+    (entry,) = [entry for entry in content["tables"][0]["methods"] if entry["label"] == label]
+    return {json.dumps(row["bits"]) for row in entry["rows"]}
+
+
 # ---- who takes no part
 
 
@@ -426,13 +422,6 @@ def test_a_directory_of_something_else_is_refused(compared: tuple[Path, dict[str
     (tmp_path / "full/notes.txt").write_text("")
     with pytest.raises(RunError, match=r"has files in it but no manifest.json"):
         compare(recipe_of(), tmp_path / "full")
-
-
-def test_a_damaged_result_is_named(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    path = shutil.copytree(compared[0], tmp_path / "copy")
-    next(path.glob("searches/fisher-*/result.json")).write_text("{")
-    with pytest.raises(RunError, match=r"result.json: damaged .*; delete its folder, and the same command does that part again"):
-        compare(recipe_of(), path)
 
 
 # ---- the command line

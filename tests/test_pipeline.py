@@ -124,6 +124,24 @@ def test_a_stage_done_again_renews_the_report(finished_run: Path, tmp_path: Path
     assert (path / "report.html").read_text() != before  # it tells when each stage was finished
 
 
+def test_images_limit_what_everything_sees_of_the_training_images(tiny: dict[str, Any], tmp_path: Path) -> None:
+    job = Job.open(load_recipe(tiny), tmp_path / "run")
+    (job.run.path / "float.jsonl").touch()  # it has begun
+    whole, few = job.data, Job.open(load_recipe(tiny, ["data.images=64"]), tmp_path / "few").data
+    assert len(few.fit) == 64 < len(whole.fit)
+    assert torch.equal(few.fit.batch(torch.arange(64))[0], whole.fit.batch(torch.arange(64))[0])
+    assert (len(few.selection), len(few.test)) == (len(whole.selection), len(whole.test))
+    with pytest.raises(RunError, match=r"it differs in data.images \(was null, now 64\)"):
+        Job.open(load_recipe(tiny, ["data.images=64"]), tmp_path / "run")
+
+
+def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
+    Run.open(tmp_path, {"data": {"name": "digits"}})
+    Run.open(tmp_path, {"data": {"name": "digits", "images": None}})
+    with pytest.raises(RunError, match=r"it differs in data.images \(was absent, now 64\)"):
+        Run.open(tmp_path, {"data": {"name": "digits", "images": 64}})
+
+
 def test_a_later_stage_runs_what_it_needs_and_no_more(tiny: dict[str, Any], tmp_path: Path) -> None:
     job = Job.open(load_recipe(tiny), tmp_path / "run")
     pipeline.run_stages(job, ["finetune"])

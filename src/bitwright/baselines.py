@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import runs
-from bitwright.driver import SearchMethod, search
+from bitwright.driver import SearchMethod
 from bitwright.errors import BudgetError
 from bitwright.evaluation import Evaluation, evaluate, paired_difference
 from bitwright.job import Job
-from bitwright.measure import keep_correct, key_of, recall, row_of, trained
+from bitwright.measure import keep_correct, key_of, recall, row_of, searched, trained
 from bitwright.methods import get_method
-from bitwright.outside import theirs
 from bitwright.policy import Policy
 from bitwright.recipe import BaselinesSection, make_options
 from bitwright.training import FinetuneOptions
@@ -110,8 +109,7 @@ def _entries(job: Job, section: BaselinesSection) -> Iterator[tuple[str, Policy]
 def _policy(job: Job, name: str, seed: int) -> Policy:
     method: SearchMethod[Any] = make_options(get_method(name), {}, f"baselines.{name}")
     problem = job.problem_of(job.network, seed, evaluate=job.problem.loss)
-    with theirs(type(method)):
-        return search(problem, method).policy
+    return searched(problem, method).policy
 
 
 def _options(job: Job, section: BaselinesSection) -> dict[str, Any] | None:

@@ -26,16 +26,17 @@ from typing import Any
 
 from bitwright import runs, sensitivity
 from bitwright.claims import claim
-from bitwright.driver import SearchMethod, Stop, search
+from bitwright.driver import SearchMethod, Stop
 from bitwright.errors import BitwrightError, BudgetError, DataError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.job import Job, Log
-from bitwright.measure import found, keep_correct, row_of, trained
+from bitwright.kept import SCORED, SEARCHED, TRAINED, Kinds, correct_of, network_of, policy_of, read
+from bitwright.measure import found, keep_correct, row_of, searched, trained
 from bitwright.methods import get_method
-from bitwright.outside import source_digest, theirs
+from bitwright.outside import source_digest
 from bitwright.pipeline import check_trainable, float_stage, threads
 from bitwright.plan import Budgets, Entry, Plan, Stage, check_recipe
-from bitwright.policy import Bits, Policy
+from bitwright.policy import Policy
 from bitwright.recipe import Recipe, load_recipe, make_options
 from bitwright.report import render
 from bitwright.runs import Run
@@ -144,6 +145,9 @@ class Comparison:
         while True:
             states = [self._advance(entry) for entry in self._entries()]
             if all(states) and self._whole():
+                for seed in self.plan.seeds:
+                    if not self._score(seed).is_file():
+                        self.job(seed)  # its folder was lost after all was done
                 return
             if states.count(False) != waiting:
                 waiting = states.count(False)
@@ -176,10 +180,12 @@ class Comparison:
         return [label for label in labels if (budget, stage, label) not in self.left_out]
 
     def _chosen(self, budget: Budgets, first: Stage) -> list[str]:
-        known = self._taking_part(budget, first)
-        order = ranked({label: self._rows(budget, first, label) for label in known})
-        chosen = {"uniform", *[label for label in order if label != "uniform"][: self.plan.best]}
-        return [label for label in known if label in chosen]
+        """Return who has uniform's policies or one of the best others: methods with the same policies for every seed share a place."""
+        rows = {label: self._rows(budget, first, label) for label in self._taking_part(budget, first)}
+        keys = {label: tuple(row["key"] for row in own) for label, own in rows.items()}
+        others = dict.fromkeys(keys[label] for label in ranked(rows) if keys[label] != keys.get("uniform"))
+        chosen = {keys.get("uniform"), *list(others)[: self.plan.best]}
+        return [label for label in keys if keys[label] in chosen]
 
     def _rows(self, budget: Budgets, stage: Stage, label: str) -> list[dict[str, Any]]:
         return [self.rows[Entry(budget, stage, label, seed)] for seed in self.plan.seeds]
@@ -195,9 +201,12 @@ class Comparison:
         return all(self._complete(budget, stage) for budget in self.plan.budgets for stage in self.plan.stages)
 
     def _total(self) -> int:
-        """Return how many entries there are in all, if nobody is left out."""
-        first, *later = [len(self.plan.methods)] + [min(len(self.plan.methods), self.plan.best + 1)] * (len(self.plan.stages) - 1)
-        return (first + sum(later)) * len(self.plan.seeds) * len(self.plan.budgets)
+        """Return how many entries there are in all, as far as it is known who goes on."""
+        most = min(len(self.plan.methods), self.plan.best + 1)
+        stages = [(budget, stage) for budget in self.plan.budgets for stage in self.plan.stages]
+        known = [stage == self.plan.stages[0] or self._complete(budget, self.plan.stages[0]) for budget, stage in stages]
+        counts = [len(self._taking_part(*place)) if sure else most for place, sure in zip(stages, known, strict=True)]
+        return sum(counts) * len(self.plan.seeds)
 
     def _advance(self, entry: Entry) -> bool:
         """Do one entry if it is not done; return False if another process is at it."""
@@ -220,7 +229,7 @@ class Comparison:
         record = self._searched(entry)
         if record is None:
             return None
-        policy = Policy({name: Bits(*bits) for name, bits in record["policy"].items()})
+        policy = policy_of(self._folder(entry), record)
         row = self._trained(entry, policy)
         return None if row is None else {**row, "search": record, "label": entry.label, "seed": entry.seed}
 
@@ -229,7 +238,7 @@ class Comparison:
     def _searched(self, entry: Entry) -> dict[str, Any] | None:
         """Return what a search found, after doing it if nobody did; None if somebody is doing it."""
         folder = self._folder(entry)
-        return self._once(folder, lambda: self._search(entry, folder))
+        return self._once(folder, lambda: self._search(entry, folder), SEARCHED)
 
     def _folder(self, entry: Entry) -> Path:
         """Return where an entry's search is kept."""
@@ -256,13 +265,10 @@ class Comparison:
         tell = f"{entry.label} search"
         stop = Stop(section.steps, section.seconds)
         log = partial(self.log, tell)
-        with theirs(type(method)):
-            result = search(problem, method, out=folder, stop=stop, log=log, save_every=section.save_every)
-        if result.status == "interrupted":
-            raise KeyboardInterrupt
+        result = searched(problem, method, folder, stop=stop, log=log, save_every=section.save_every)
         record = found(job, problem, name, result)
         if measured is not None:  # a search at this budget alone would have measured too
-            record["seconds"] += _read(measured / "result.json")["seconds"]
+            record["seconds"] += read(measured / "result.json", SEARCHED)["seconds"]
             record["sample_passes"] += Sensitivity.load(measured / sensitivity.FILE).sample_passes
         return {**record, "policy": {site: list(bits) for site, bits in result.policy.items()}}
 
@@ -280,8 +286,8 @@ class Comparison:
         decisive = options and {name: value for name, value in options.items() if name != "checkpoint_seconds"}
         key = _hash({"policy": policy.to_json(), "finetune": decisive, "seed": entry.seed})
         folder = self.run.inside("trainings", key)
-        row = self._once(folder, lambda: self._train(entry, policy, folder))
-        return row if row is None else {**row, "key": key, "correct": str(folder / "correct.safetensors")}
+        row = self._once(folder, lambda: self._train(entry, policy, folder), TRAINED)
+        return row if row is None else {**row, "key": key, "correct": correct_of(folder, row)}
 
     def _train(self, entry: Entry, policy: Policy, folder: Path) -> dict[str, Any]:
         job, options = self.job(entry.seed), entry.stage.options
@@ -295,7 +301,7 @@ class Comparison:
         extra = {"selection": {"top1": selection.top1, "loss": selection.loss}, "widths": len({policy[name] for name in free})}
         return {**row_of(job, policy, test.to_dict()), **extra}
 
-    def _once(self, folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    def _once(self, folder: Path, work: Callable[[], dict[str, Any]], needed: Kinds) -> dict[str, Any] | None:
         """Return the result in a folder; without one do the work and keep it, unless another process holds the folder."""
         file = folder / "result.json"
         if not file.is_file():
@@ -306,7 +312,7 @@ class Comparison:
                     result = {**work(), "made_by": dict(self.made_by)}
                     runs.write_text_atomic(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
                     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-        return _read(file)
+        return read(file, needed)
 
     # ---- what entries share
 
@@ -317,15 +323,46 @@ class Comparison:
             with claim(path, wait=True):  # another process may be training the float network, or the proxy's
                 job = Job.open(_of_seed(self.recipe, seed), path, data_root=self.data_root, device=self.device, log=self.log)
                 self._check(job)
+                facts = None
                 if not job.run.finished("float"):
                     job.log("float", {"status": f"started for seed {seed}"})
-                    job.run.finish("float", **float_stage(job))
+                    facts = float_stage(job)
+                self._bind(seed, path)
+                if facts is not None:
+                    job.run.finish("float", **facts)
+                if not self._score(seed).is_file():
                     score = evaluate(job.network, job.data.test)
-                    runs.write_text_atomic(path / "float.json", json.dumps(score.to_dict()) + "\n")
+                    runs.write_text_atomic(self._score(seed), json.dumps(score.to_dict()) + "\n")
                 if job.proxy is not None:
                     job.log("proxy", {"status": f"ready for seed {seed}"})
             self._job = job
         return self._job
+
+    def _score(self, seed: int) -> Path:
+        """Return where the evaluation of a seed's float network is kept."""
+        return self.run.path / "seeds" / str(seed) / "float.json"
+
+    def _bind(self, seed: int, path: Path) -> None:
+        """Hold a seed to the float network that its results are of, and to that of the other seeds where all load one file."""
+        weights = self.recipe.model.weights
+        with claim(self.run.path, wait=True):
+            run, own = Run.load(self.run.path), network_of(path)
+            known: dict[str, str] = run.manifest["stages"]["float"]["networks"] if run.finished("float") else self._unbound()
+            if known.get(str(seed), own) != own:
+                what = f"{path}: its float network is not the one that this seed began with"
+                files = " or ".join(filter(None, ["its float.safetensors", weights]))
+                raise RunError(f"{what}; restore {files}, or give another --out")
+            other = next((name for name, network in known.items() if weights is not None and network != own), None)
+            if other is not None:
+                what = f"{self.run.path}: model.weights={weights} is not the network that seed {other} began with"
+                raise RunError(f"{what}; restore that file, or give another --out")
+            if not run.finished("float") or str(seed) not in known:
+                run.finish("float", networks={**known, str(seed): own})
+
+    def _unbound(self) -> dict[str, str]:
+        """Return the float networks of a comparison that was begun before they were noted."""
+        folders = [file.parent for file in sorted((self.run.path / "seeds").glob(f"*/{Run.MANIFEST}"))]
+        return {folder.name: network_of(folder) for folder in folders if Run.load(folder).finished("float")}
 
     def _check(self, job: Job) -> None:
         """Refuse what no method could do, before anything is trained."""
@@ -349,7 +386,7 @@ class Comparison:
         contenders = []
         for label in self._taking_part(budget, stage):
             rows = self._rows(budget, stage, label)
-            contenders.append(Contender(label, tuple(rows), tuple(runs.load_tree(row["correct"])["correct"] for row in rows)))
+            contenders.append(Contender(label, tuple(rows), tuple(row["correct"] for row in rows)))
         left_out = {label: why for (where, when, label), why in self.left_out.items() if (where, when) == (budget, stage)}
         last = stage == self.plan.stages[-1]
         asked = {"budget": ", ".join(budget), "stage": stage.name, "last": last, "finetune": stage.changed}
@@ -357,14 +394,14 @@ class Comparison:
 
     def write(self) -> dict[str, Any]:
         """Write compare.json, compare.csv and report.html from what is done, and return what compare.json holds."""
-        files = [self.run.path / "seeds" / str(seed) / "float.json" for seed in self.plan.seeds]
+        files = [self._score(seed) for seed in self.plan.seeds]
         content: dict[str, Any] = {
             "run": str(self.run.path),
             "recipe": self.recipe.name,
             "complete": self._whole(),
             "seeds": list(self.plan.seeds),
             "methods": {label: {"method": name, "options": self.plan.options[label]} for label, name in self.plan.methods.items()},
-            "float": [_read(file)["top1"] for file in files if file.is_file()],
+            "float": [read(file, SCORED)["top1"] for file in files if file.is_file()],
             "tables": list(self._tables()),
         }
         with claim(self.run.path, wait=True):
@@ -406,14 +443,6 @@ def _bound(recipe: Recipe, seed: int | None) -> dict[str, Any]:
 
 def _hash(decisive: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file}: damaged ({error}); delete its folder, and the same command does that part again") from None
-    return content
 
 
 __all__ = ["Comparison", "compare"]

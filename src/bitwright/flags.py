@@ -148,7 +148,8 @@ def compare_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `compare` takes."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, COMPARE_HELP
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, package.module:Class, or LABEL=NAME; uniform is added")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each a split, a search and a training (default: 0 1 2)")
+    about = "each a split, a search and a training (default: the recipe's and the next two)"
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help=about)
     parser.add_argument("--budget", nargs="+", metavar="COST<=LIMIT", help="each one a comparison; a comma joins limits kept at once")
     parser.add_argument("--out", metavar="DIR", help="the comparison's directory (default: runs/<recipe name>-compare)")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a key of the recipe; may be repeated")

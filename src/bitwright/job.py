@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -81,6 +82,8 @@ class Job:
         """The data set, its batches on the device and in the recipe's quality."""
         section = self.recipe.data
         data = load_data(section.name, self.data_root, held_out=section.held_out, seed=self.recipe.seed, **section.options)
+        if section.images is not None:
+            data = replace(data, fit=data.fit.take(section.images))
         return self._in_quality(self._moved(data))
 
     def _in_quality(self, data: Data) -> Data:
@@ -214,7 +217,7 @@ class Job:
 
     @cached_property
     def problem(self) -> Problem:
-        """The recipe's problem on the float network."""
+        """The recipe's problem on a copy of the float network."""
         return self.problem_of(self.network)
 
     def problem_of(
@@ -224,10 +227,13 @@ class Job:
         evaluate: Callable[[Policy], float] | None = None,
         budgets: Sequence[Budget] | None = None,
     ) -> Problem:
-        """Return the recipe's problem on a network with these sites; seed and budgets are the recipe's where they are not given."""
+        """Return the recipe's problem on a copy of a network with these sites: a search method may be anybody's, and the network is not.
+
+        Seed and budgets are the recipe's where they are not given.
+        """
         seed = self.recipe.seed if seed is None else seed
         limits = self.budgets if budgets is None else budgets
-        return Problem(model, self.trace, self.choices, limits, self.data, seed=seed, evaluate=evaluate)
+        return Problem(copy.deepcopy(model), self.trace, self.choices, limits, self.data, seed=seed, evaluate=evaluate)
 
     @cached_property
     def proxy_data(self) -> Data | None:
@@ -260,14 +266,13 @@ class Job:
         runs.save_tree(file, {"model": dict(proxy.model.state_dict()), "sample_passes": proxy.sample_passes})
         return proxy
 
-    @cached_property
     def search_problem(self) -> Problem:
-        """The problem that the search works on: the recipe's, or that of the proxy with the target's costs."""
-        return self.on_proxy(self.problem)
+        """Return the problem that a search works on, new each time: the recipe's, or that of the proxy with the target's costs."""
+        return self.on_proxy(self.problem_of(self.network))
 
     def on_proxy(self, problem: Problem) -> Problem:
-        """Return a problem of this recipe as its search sees it: on the proxy, where there is one."""
-        return problem if self.proxy is None else problem.on(self.proxy.model, self.proxy.data)
+        """Return a problem of this recipe as its search sees it: on a copy of the proxy, where there is one."""
+        return problem if self.proxy is None else problem.on(copy.deepcopy(self.proxy.model), self.proxy.data)
 
     @cached_property
     def policy(self) -> Policy:

@@ -10,12 +10,36 @@ from typing import Any
 from torch import nn
 
 from bitwright import runs
-from bitwright.driver import Result
+from bitwright.driver import Result, SearchMethod, search
+from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.job import Job
+from bitwright.outside import theirs
 from bitwright.policy import Policy
-from bitwright.problem import Problem
+from bitwright.problem import Problem, condition
 from bitwright.training import FinetuneOptions, finetune
+
+
+def searched(problem: Problem, method: SearchMethod[Any], out: Path | None = None, **how: Any) -> Result:
+    """Return what `search` finds, for a run or a comparison; ``problem`` has a network of its own, as `Job.problem_of` gives it.
+
+    Raises:
+        RecipeError: the method changed the network that it was to find a policy for, and what it found is not kept; or it is from outside
+            the package and failed.
+        KeyboardInterrupt: the search was interrupted; the same call goes on with it.
+    """
+    before = condition(problem.model)
+    with theirs(type(method)):
+        result = search(problem, method, out=out, **how)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    changed = [what for what, now in condition(problem.model).items() if now != before[what]]
+    if changed:
+        for path in [] if out is None else [*out.glob("checkpoint/search-*"), out / "policy.json"]:
+            path.unlink(missing_ok=True)  # or the next call would take it for a search that is done
+        remedy = "let it work on copy.deepcopy(problem.model)"
+        raise RecipeError(f"method '{method.name}' changed the network: after the search {' and '.join(changed)}; {remedy}")
+    return result
 
 
 def found(job: Job, problem: Problem, method: str, result: Result) -> dict[str, Any]:

@@ -26,16 +26,15 @@ from bitwright.baselines import baselines_stage
 from bitwright.certificate import certify
 from bitwright.data import Split, parse_conditions
 from bitwright.deployment import file_name, measured_latency
-from bitwright.driver import SearchMethod, search
+from bitwright.driver import SearchMethod
 from bitwright.errors import RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.exporters import export
 from bitwright.exporters.packed import load
 from bitwright.job import PROXY, Job
-from bitwright.measure import found
+from bitwright.measure import found, searched
 from bitwright.methods import get_method
 from bitwright.models import available, load_weights
-from bitwright.outside import theirs
 from bitwright.policy import Policy
 from bitwright.recipe import ExportSection, Recipe, load_recipe, make_options
 from bitwright.report import render
@@ -182,7 +181,7 @@ def search_stage(job: Job) -> dict[str, Any]:
     """Find the policy; write sites.json, search.jsonl, search.json and policy.json, after a proxy also certificate.json."""
     section = job.recipe.search
     method: SearchMethod[Any] = make_options(get_method(section.method), section.options, "search.options")
-    problem = job.search_problem
+    problem = job.search_problem()
     write_json(job, "sites.json", job.sites_table())
     look, goal = _watch(job)
 
@@ -190,18 +189,15 @@ def search_stage(job: Job) -> dict[str, Any]:
         look(row)
         job.log("search", row)
 
-    with theirs(type(method)):
-        result = search(
-            problem,
-            method,
-            out=job.run.path,
-            stop=Stop(section.steps, section.seconds, goal),
-            log=log,
-            never_worse=section.never_worse,
-            save_every=section.save_every,
-        )
-    if result.status == "interrupted":
-        raise KeyboardInterrupt
+    result = searched(
+        problem,
+        method,
+        job.run.path,
+        stop=Stop(section.steps, section.seconds, goal),
+        log=log,
+        never_worse=section.never_worse,
+        save_every=section.save_every,
+    )
     uniform = result.uniform and {"loss": result.uniform.loss, "costs": list(result.uniform.costs), **job.describe(result.uniform.policy)}
     record = found(job, problem, section.method, result)
     if job.proxy is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright import allocation
 from bitwright.errors import BitwrightError, BudgetError, PolicyError, SiteError, nearest
@@ -397,8 +397,13 @@ def digest(model: nn.Module) -> str:
     >>> digest(net) == before
     False
     """
+    return digest_of(model.state_dict())
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the `digest` of a network that has these parameters and buffers."""
     hashed = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
@@ -413,6 +418,17 @@ def identity(split: Split) -> dict[str, Any]:
             hashed.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {"images": len(split), "classes": split.classes, "sample": hashed.hexdigest()[:16]}
+
+
+def condition(model: nn.Module) -> dict[str, Any]:
+    """Return what a search must leave of a network as it was; the keys complete "after the search …"."""
+    modules = list(model.modules())
+    return {
+        "the network's weights or buffers are others": digest(model),
+        "modules of the network are in another mode": [module.training for module in modules],
+        "other parameters of the network want gradients": [p.requires_grad for p in model.parameters()],
+        "hooks are left on the network": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
+    }
 
 
 def _checked_choices(trace: Trace, choices: Choices) -> dict[str, tuple[Bits, ...]]:

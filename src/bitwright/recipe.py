@@ -78,10 +78,11 @@ class QualitySection(Section):
 
 
 class DataSection(Section):
-    """Which data, how many training images are held out for selection, and in what quality they come."""
+    """Which data, how many training images are held out for selection and how many others used (all by default), and in what quality."""
 
     name: str
     held_out: int = Field(ge=1)
+    images: int | None = Field(default=None, ge=1)
     options: Options = Field(default_factory=dict)
     quality: QualitySection | None = None
 

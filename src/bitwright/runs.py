@@ -362,8 +362,8 @@ def _now() -> str:
 
 
 def _check_same(path: Path, old: Mapping[str, object], new: Mapping[str, object]) -> None:
-    absent = object()
-    differing = [key for key in dict.fromkeys([*old, *new]) if old.get(key, absent) != new.get(key, absent)]
+    # A run of before a key was there goes on where the key is not given.
+    differing = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     if not differing:
         return
     shown = [f"{key} (was {_show(old, key)}, now {_show(new, key)})" for key in differing[:5]]

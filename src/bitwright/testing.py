@@ -27,7 +27,7 @@ from bitwright.costs import BitOps, Budget, Cost, WeightBits
 from bitwright.data import TensorSplit
 from bitwright.driver import Result, SearchMethod, Stop, Trial, search
 from bitwright.policy import Bits, Policy
-from bitwright.problem import Problem, SearchData, digest
+from bitwright.problem import Problem, SearchData, condition
 from bitwright.quant import QuantLayer, quantize
 from bitwright.quant.batchnorm import correct_batchnorm
 from bitwright.quant.reference import ReferenceLoss, divergence
@@ -432,14 +432,9 @@ def _fresh(method: SearchMethod[Any]) -> SearchMethod[Any]:
 
 def _condition(problem: Problem) -> dict[str, Any]:
     """Return what a search must leave as it was; the keys complete "after the search …"."""
-    modules = list(problem.model.modules())
     return {
-        "the network's weights or buffers are others": digest(problem.model),
-        "modules of the network are in another mode": [module.training for module in modules],
-        "the network holds gradients, or other parameters want them": [
-            (p.requires_grad, p.grad is None) for p in problem.model.parameters()
-        ],
-        "hooks are left on the network": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
+        **condition(problem.model),
+        "the network holds gradients": [p.grad is not None for p in problem.model.parameters()],
         "the problem is another": json.dumps(problem.fingerprint()),
         "torch's global generator stands elsewhere": torch.get_rng_state().tolist(),
     }

@@ -71,7 +71,9 @@ class Aimet(Translator):
         weights = {_path(entry["name"]): _width(entry) for entry in data["param_encodings"] if not entry["name"].endswith(".bias")}
         for excluded in data.get("excluded_layers", []):
             if excluded in weights:
-                raise PolicyError(f"policy: the encodings give '{excluded}' a weight and exclude it from quantization; leave one of them out")
+                raise PolicyError(
+                    f"policy: the encodings give '{excluded}' a weight and exclude it from quantization; leave one of them out"
+                )
         inputs = {entry["name"]: _width(entry) for entry in data["activation_encodings"]}
         layers = [Layer(path, site, FLOAT) for site in subject.sites for path in site.layers if "#" not in path]
         found = places(self.graph, layers, self.name) if inputs else {}
