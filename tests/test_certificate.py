@@ -135,3 +135,11 @@ def test_committed_verdicts_stand() -> None:
     for row in rows:
         predicted = {name: float(row[f"predicted_{name}"]) for name in ("found", "uniform", "best")}
         assert verdict(float(row["correlation"]), predicted)[0] == (row["safe"] == "True"), row["arm"]
+
+
+def test_a_number_just_below_its_threshold_is_said_to_be_below() -> None:
+    safe, reasons = verdict(0.6999, {"found": 1.6001, "uniform": 2.0, "best": 1.0})
+    assert not safe
+    assert "rank correlation just below 0.70, below the threshold 0.7" in reasons[0]
+    assert "keeps just below 40% of what mixing can gain over uniform" in reasons[1]
+    assert "below the threshold 40%" in reasons[1]

@@ -203,6 +203,17 @@ def test_profile_measures_saves_and_reuses_sensitivities(finished_run: Path, tmp
     assert "stale, measured on other options: options.samples (was 512, now 64)" in complaint
 
 
+def test_profile_names_a_budget_that_cannot_be_kept(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in runs.load_tree(finished_run / "float.safetensors").items()}
+    save_file(state, tmp_path / "net.safetensors")
+    asked = ["profile", "--model", "digits_cnn", "--weights", tmp_path / "net.safetensors", "--data", "digits", "--check-additivity"]
+    complaint = _refused(capsys, *asked, "--weight-bits", "2", "4", "--budget", "weight_bits<=1.5")
+    assert "budget 'weight_bits<=1.5' cannot be met: its limit is" in complaint
+    assert "the nearest feasible limit is" in complaint
+
+
 def test_profile_checks_additivity_and_the_run_keeps_the_answer(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +301,12 @@ def test_the_seeds_of_compare_are_said_to_begin_with_the_recipes(capsys: pytest.
         (["search", "digits-sdq", "--method", "seam", "--epochs", "many"], "search.options.epochs is 'many'"),
         (["search", "digits-sdq", "--method", "seam", "--set", "search.method=haq"], "--method and --set search.method say the same thing"),
         (["search", "digits-sdq", "--budget", "weight_bit<=4"], "budget 'weight_bit<=4': no cost 'weight_bit'"),
+        (
+            ["search", "digits-sdq", "--budget", "weight_bits<=3", "bitops<=W3A4"],
+            "search: 'bitops<=W3A4' is a further budget, which needs a flag of its own: --budget … --budget 'bitops<=W3A4'",
+        ),
+        (["search", "--model", "digits_cnn", "--data", "digits", "--budget", "size<=9KB", "size<=1KB"], "'size<=1KB' is a further budget"),
+        (["search", "digits-sdq", "--budget", "weight_bits<=3,bitops<=W3A4"], "holds more than one limit; give each a --budget of its own"),
         (["profile", "digits-sdq", "--method", "seam"], "profile: unknown argument '--method'"),
         (["profile", "digits-sdq", "--data", "cifar10"], "--data stands instead of a recipe"),
         (["profile", "--model", "resnet18", "--shape", "3x4x4", "--budget", "size<=1KB"], "so --budget has no meaning"),

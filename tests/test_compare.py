@@ -309,12 +309,18 @@ def test_a_method_that_cannot_run_is_shown_with_its_reason(tmp_path: Path, monke
     methods = ["mine:Needy", "no=mine:Refusing", "bad=mine:Failing", "low=mine:Cheapest"]
     recipe = recipe_of(methods=methods, seeds=[0], long=None, options={})
     recipe["search"]["never_worse"] = True
+
+    def where(code: str) -> str:
+        line = next(number for number, text in enumerate(METHODS.splitlines(), 1) if code in text)
+        return f"({tmp_path / 'mine.py'}, line {line}); mend that file"
+
     content = compare(recipe, tmp_path / "run")
     (table,) = content["tables"]
     assert table["left_out"] == {
-        "mine:Needy": "seed 0: No module named 'a_package_that_nobody_has'",
+        "mine:Needy": "seed 0: the search failed: ModuleNotFoundError: No module named 'a_package_that_nobody_has' "
+        + where("import a_pack"),
         "no": "seed 0: refusing: this needs two activation widths",
-        "bad": "seed 0: the search failed: ZeroDivisionError: division by zero",
+        "bad": f"seed 0: the search failed: ZeroDivisionError: division by zero {where('1 / 0')}",
     }
     entries = {entry["label"]: entry for entry in table["methods"]}
     assert set(entries) == {"low", "uniform"}

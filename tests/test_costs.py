@@ -133,7 +133,7 @@ def test_the_average_limit_is_exact(weights, average):
         ("bitops<=lots", "limit 'lots' does not parse"),
         ("bitops<=nan", "limit 'nan' does not parse"),
         ("bitops<=", "limit '' does not parse"),
-        ("size<=1KB, bitops<=1G", "does not parse"),
+        ("size<=1KB, bitops<=1G", "holds more than one limit; give each a --budget of its own, and in a recipe a list of budgets"),
         ("bitops<=1e9999", "does not parse"),
     ],
 )

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from bitwright import runs
+from bitwright.data import TensorSplit
 from bitwright.driver import Proposal, SearchMethod, Stop, Trial, pareto_front, search
 from bitwright.errors import BitwrightError, BudgetError, PolicyError, RunError, TrainingError
 from bitwright.methods import available
+from bitwright.methods.greedy import Greedy
 from bitwright.methods.random import Random
 from bitwright.policy import Policy
-from bitwright.problem import Problem
+from bitwright.problem import Problem, SearchData
 from bitwright.testing import planted, table_problem
 
 VALUES = [[9.0, 4.0, 1.0], [3.0, 1.0, 0.0]]
@@ -258,6 +260,24 @@ def test_a_method_without_a_proposal_or_without_a_state():
         search(problem(), Stateless((policy(1, 1),)))
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, r"step 1: step\(\) returned NoneType; let it return a tuple of the state and a Proposal or None"),
+        ((Place(1), policy(1, 1)), r"step 1: step\(\) returned \(Place, Policy\); let it"),
+        ((Place(1), None, None), r"returned \(Place, NoneType, NoneType\)"),
+        ((3, None), r"its state is a int; let step\(\) return a dataclass"),
+    ],
+)
+def test_a_step_that_returns_something_else(answer, message):
+    class Odd(Scripted):
+        def step(self, problem, state, told):
+            return answer
+
+    with pytest.raises(TypeError, match=message):
+        search(problem(), Odd((policy(1, 1),)))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, bad):
     losses = {policy(3, 1): bad}
@@ -452,6 +472,50 @@ def test_a_directory_with_another_search_is_refused_and_left_as_it_is(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_the_result_of_other_data_or_of_another_loss_is_refused(tmp_path):
+    """Same network, sizes and seed: only the images, the labels or the callback differ."""
+    plant = planted("joint").problem
+    fit, selection = plant.data.fit, plant.data.selection
+
+    def asked(data=plant.data, evaluate=None):
+        return Problem(plant.model, plant.trace, plant.choices, plant.budgets, data, evaluate=evaluate)
+
+    def brighter(split):
+        return TensorSplit(split.images + 0.1, split.labels, classes=split.classes, _rows=split._rows)
+
+    def weighed(by):
+        return lambda policy: by * sum(2.0**-bits.w for bits in policy.values())
+
+    search(asked(), Random(count=2), out=tmp_path / "reference")
+    search(asked(evaluate=weighed(1.0)), Random(count=2), out=tmp_path / "own")
+    refused = [
+        ("reference", asked(SearchData(brighter(fit), selection)), r"another problem\.data\.fit\.sample \(was"),
+        ("reference", asked(SearchData(fit, brighter(selection))), r"another problem\.data\.selection\.sample \(was"),
+        ("reference", asked(evaluate=weighed(1.0)), r"another problem\.evaluate \(was null, now"),
+        ("own", asked(evaluate=weighed(2.0)), r"another problem\.evaluate \(was .*; give another --out"),
+        ("own", asked(evaluate=lambda policy: 1.0), r"another problem\.evaluate \(was"),
+    ]
+    for folder, other, message in refused:
+        with pytest.raises(RunError, match=message):
+            search(other, Random(count=2), out=tmp_path / folder)
+        assert other.memory()["losses"].tolist() == []
+    for folder, evaluate in (("reference", None), ("own", weighed(1.0))):
+        same = asked(evaluate=evaluate)
+        search(same, Random(count=2), out=tmp_path / folder)
+        assert same.evaluations == 0
+
+
+def test_a_search_that_did_not_note_its_data_is_refused_with_what_to_do(tmp_path):
+    search(problem(), Walk(), out=tmp_path)
+    newest = max((tmp_path / "checkpoint").iterdir())
+    tree = runs.load_tree(newest)
+    for part in ("kind", "evaluate"):
+        del tree["fingerprint"]["problem"][part]
+    runs.save_tree(newest, tree)
+    with pytest.raises(RunError, match=r"begun by an earlier version, .*; give another --out, or delete .*checkpoint to search anew here"):
+        search(problem(), Walk(), out=tmp_path)
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(tmp_path):
     whole = search(problem(), Walk(), out=tmp_path, save_every=5)
     newest = max((tmp_path / "checkpoint").iterdir())
@@ -486,15 +550,33 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert timeless(search(problem(), Walk(), out=tmp_path / "parts", save_every=4)) == timeless(whole)
 
 
-def test_a_resumed_search_counts_as_many_sample_passes(tmp_path):
-    """A new session calibrates again what an earlier one had; that is no cost of the search."""
+@dataclass(frozen=True)
+class Asking(Scripted):
+    """Asks losses within its steps, of policies that it proposes later or never."""
+
+    def step(self, problem, state, told):
+        for index in ([state.at] * len(problem.sites), [0] * len(problem.sites)):
+            problem.loss(problem.policy(index))
+        return Place(state.at + 1), Proposal(problem.policy([0] * len(problem.sites)))
+
+    def done(self, problem, state):
+        return state.at >= 3
+
+
+@pytest.mark.parametrize("method", [Random(count=6), Greedy(exchanges=4), Asking()])
+def test_a_resumed_search_counts_as_many_sample_passes(tmp_path, method):
+    """A new session calibrates again what an earlier one had; that is no cost of the search, wherever the loss was asked."""
     plant = planted("joint").problem
 
     def fresh():  # with the reference loss, which calibrates
         return Problem(plant.model, plant.trace, plant.choices, plant.budgets, plant.data)
 
-    method = Random(count=6)
-    whole = search(fresh(), method)
-    for steps in (0, 2, 4):
-        search(fresh(), method, out=tmp_path, stop=Stop(steps=steps))
-    assert search(fresh(), method, out=tmp_path).sample_passes == whole.sample_passes > 0
+    whole_problem = fresh()
+    whole, evaluations = search(whole_problem, method), 0
+    for steps in (0, 1, 2, 4, None):
+        part = fresh()
+        result = search(part, method, out=tmp_path, stop=Stop(steps=steps))
+        evaluations += part.evaluations
+    assert result.sample_passes == whole.sample_passes > 0
+    assert timeless(result) == timeless(whole)
+    assert evaluations == whole_problem.evaluations

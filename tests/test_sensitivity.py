@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 
 import pytest
 import scipy.optimize  # noqa: F401  (its import is not what is timed)
 import torch
+from safetensors.torch import save_file
 
+from bitwright import cli, runs
 from bitwright.costs import BitOps, Budget, WeightBits
 from bitwright.data import TensorSplit
 from bitwright.driver import search
@@ -199,11 +202,15 @@ class TestStale:
     ("text", "message"),
     [
         ("{", "no table of sensitivities"),
-        ('{"format": "bitwright-policy-1"}', r"format 'bitwright-policy-1', expected 'bitwright-sensitivity-1'"),
-        ('{"format": "bitwright-sensitivity-1"}', "KeyError: 'values'"),
+        ('{"format": "bitwright-policy-1"}', r"format 'bitwright-policy-1', expected 'bitwright-sensitivity-2'"),
+        ('{"format": "bitwright-sensitivity-2"}', "KeyError: 'values'"),
         (
-            '{"format": "bitwright-sensitivity-1", "measure": "kl", "fingerprint": {}, "values": {"a": {"4": 1}}}',
+            '{"format": "bitwright-sensitivity-2", "measure": "kl", "fingerprint": {}, "values": {"a": {"4": 1}}}',
             "'4' is no choice such as W4A8",
+        ),
+        (
+            '{"format": "bitwright-sensitivity-1", "measure": "kl", "fingerprint": {}, "values": {"a": {"W4A8": 1}}}',
+            r"written by an earlier version, .*; measure it anew with `bitwright profile TARGET --sensitivity --measure kl",
         ),
         ("[]", "no table of sensitivities"),
     ],
@@ -214,3 +221,46 @@ def test_what_is_no_table_is_refused(tmp_path, text, message):
         Sensitivity.load(tmp_path / "t.json")
     with pytest.raises(RunError, match=r"none.json: cannot be read \(No such file or directory\)"):
         Sensitivity.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"W2A4": -5.0}, r"t\.json: changed by hand since it was measured .*; measure it anew with `bitwright profile .* --measure fisher"),
+        ({"W2A4": math.nan}, r"t\.json: the value of site 'branches\.0' at W2A4 is nan, not a finite number; measure it anew"),
+        ({"W2A4": math.inf}, r"site 'branches\.0' at W2A4 is inf"),
+    ],
+)
+def test_a_table_that_was_changed_by_hand_is_refused(tmp_path, change, message):
+    problem, file = planted("joint", seed=0).problem, tmp_path / "t.json"
+    Fisher(samples=16).sensitivity(problem).save(file)
+    content = json.loads(file.read_text())
+    content["values"]["branches.0"] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=message):
+        search(problem, Fisher(samples=16, table=str(file)))
+
+
+def test_another_quantizer_of_the_recipe_is_said(finished_run, tmp_path, capsys):
+    """Tables are of the reference quantizer, like the loss of a policy; a recipe may quantize otherwise."""
+    state = {name: tensor.contiguous() for name, tensor in runs.load_tree(finished_run / "float.safetensors").items()}
+    save_file(state, tmp_path / "net.safetensors")
+    network = ["--model", "digits_cnn", "--weights", str(tmp_path / "net.safetensors"), "--data", "digits", "--held-out", "100"]
+    asked = ["search", *network, "--activation-bits", "4", "--budget", "weight_bits<=4", "--samples", "16", "--method", "fisher"]
+    assert cli.main([*asked, "--out", str(tmp_path / "plain")]) == 0
+    assert "reference quantizer" not in capsys.readouterr().out
+    table = ["--table", str(tmp_path / "plain" / FILE)]
+    for name, options in (("other", table), ("anew", [])):
+        other = ["--set", "quantize.quantizer=dorefa", "--set", "quantize.per_channel=false"]
+        assert cli.main([*asked, *options, *other, "--out", str(tmp_path / name)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert (
+            "! Sensitivities are measured with the reference quantizer, and the recipe quantizes with quantizer=dorefa, per_channel="
+            in said
+        )
+        assert (
+            "per_channel=False: the order of choices may be another there"
+            in json.loads((tmp_path / name / "search.json").read_text())["alarm"]
+        )
+    assert cli.main(["profile", str(tmp_path / "other"), "--measure", "fisher", "--sensitivity"]) == 0
+    assert "the recipe quantizes with quantizer=dorefa" in " ".join(capsys.readouterr().out.split())

@@ -130,19 +130,30 @@ def verdict(
     """
     ranked = correlation >= CORRELATION and few_sites is None
     side = "at least" if correlation >= CORRELATION else "below"
-    reasons = [f"layer sensitivities on proxy and target have rank correlation {correlation:.2f}, {side} the threshold {CORRELATION}"]
+    shown = distinct(correlation, CORRELATION, "{:.2f}")
+    reasons = [f"layer sensitivities on proxy and target have rank correlation {shown}, {side} the threshold {CORRELATION}"]
     if few_sites is not None:
         reasons[0] += f", and it is not known: {few_sites} free sites are too few, of {SITES} or more it counts by itself"
     gain, most = predicted["uniform"] - predicted["found"], predicted["uniform"] - predicted["best"]
     enough = gain >= KEPT * most
     figures = f"(foretold loss {predicted['found']:.4g}, {rival} {predicted['uniform']:.4g}, best {predicted['best']:.4g})"
     if most > 0:
-        kept = f"the policy keeps {gain / most:.0%} of what mixing can gain over {rival} {figures}"
+        kept = f"the policy keeps {distinct(gain / most, KEPT, '{:.0%}')} of what mixing can gain over {rival} {figures}"
         reasons.append(f"by the target's sensitivities {kept}, {'at least' if enough else 'below'} the threshold {KEPT:.0%}")
     else:
         worth = "is no worse than" if enough else "is worse than"
         reasons.append(f"by the target's sensitivities mixing has nothing to gain over {rival}, and the policy {worth} it {figures}")
     return ranked and enough, reasons
+
+
+def distinct(value: float, threshold: float, form: str) -> str:
+    """Return a number in a form, or as its threshold and the side it lies on where the two would look alike.
+
+    >>> distinct(0.25, 0.4, "{:.0%}"), distinct(0.3999, 0.4, "{:.0%}"), distinct(0.4, 0.4, "{:.0%}")
+    ('25%', 'just below 40%', '40%')
+    """
+    text = form.format(value)
+    return f"just below {text}" if value < threshold and text == form.format(threshold) else text
 
 
 def histograms(problem: Problem, policies: Mapping[str, Policy]) -> dict[str, Any]:

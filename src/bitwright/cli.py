@@ -352,6 +352,9 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, verbs = build_parser(argv)
     arguments, rest = parser.parse_known_args(argv)
+    budget = next((text for text in [getattr(arguments, "target", None), *rest] if text is not None and "<=" in text), None)
+    if budget is not None:
+        raise UsageError(f"{arguments.verb}: '{budget}' is a further budget, which needs a flag of its own: --budget … --budget '{budget}'")
     if rest:  # the verb's own parser knows the flags that the unknown one may have meant
         verbs[arguments.verb].error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments

@@ -19,7 +19,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,13 +27,13 @@ from typing import Any
 from bitwright import runs, sensitivity
 from bitwright.claims import claim
 from bitwright.driver import SearchMethod, Stop
-from bitwright.errors import BitwrightError, BudgetError, DataError, RecipeError, RunError
+from bitwright.errors import BitwrightError, BudgetError, DataError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.job import Job, Log
 from bitwright.kept import SCORED, SEARCHED, TRAINED, Kinds, correct_of, network_of, policy_of, read
 from bitwright.measure import found, keep_correct, row_of, searched, trained
 from bitwright.methods import get_method
-from bitwright.outside import is_outside, last_line, source_digest
+from bitwright.outside import source_digest
 from bitwright.pipeline import check_trainable, float_stage, threads
 from bitwright.plan import Budgets, Entry, Plan, Stage, check_recipe
 from bitwright.policy import Policy
@@ -266,8 +265,7 @@ class Comparison:
         tell = f"{entry.label} search"
         stop = Stop(section.steps, section.seconds)
         log = partial(self.log, tell)
-        with _theirs(method):
-            result = searched(problem, method, folder, stop=stop, log=log, save_every=section.save_every)
+        result = searched(problem, method, folder, stop=stop, log=log, save_every=section.save_every)
         record = found(job, problem, name, result)
         if measured is not None:  # a search at this budget alone would have measured too
             record["seconds"] += read(measured / "result.json", SEARCHED)["seconds"]
@@ -412,19 +410,6 @@ class Comparison:
             runs.write_text_atomic(self.run.path / "compare.csv", csv_text(content["tables"]))
             runs.write_text_atomic(self.run.path / "report.html", render(self.run.path))
         return {**content, "files": ["compare.json", "compare.csv", "report.html"]}
-
-
-@contextmanager
-def _theirs(method: SearchMethod[Any]) -> Iterator[None]:
-    """Turn whatever a method from outside the package raises into a reason to leave it out; ours may not fail."""
-    try:
-        yield
-    except (BitwrightError, ImportError):
-        raise
-    except Exception as error:
-        if not is_outside(type(method)):
-            raise
-        raise RecipeError(f"the search failed: {last_line(error)}") from error
 
 
 def _opened(path: Path, bound: Mapping[str, Any]) -> Run:

@@ -264,6 +264,8 @@ def _amount(text: str, limit: str, cost: Cost, sites: tuple[Site, ...], float_by
     match = re.fullmatch(r"([+-]?)(\d+\.?\d*|\.\d+)((?:[eE][+-]?\d{1,3})?)\s*([a-zA-Z%]*)", limit)
     units = " ".join(suffix for suffix in cost.suffixes if suffix)
     expected = f"a number{f' with a unit ({units})' if units else ''}, W3A3, or a share such as 10%"
+    if "<=" in limit:
+        raise BudgetError(f"budget '{text}': holds more than one limit; give each a --budget of its own, and in a recipe a list of budgets")
     if match is None:
         raise BudgetError(f"budget '{text}': limit '{limit}' does not parse; expected {expected}")
     number = Fraction(match[2] + match[3])

@@ -24,10 +24,10 @@ from types import FrameType
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
 from bitwright import runs
 from bitwright.allocation import repair
+from bitwright.checkpoints import keep, latest, map_tensors
 from bitwright.errors import BitwrightError, PolicyError, RunError, TrainingError
 from bitwright.outside import source_digest
 from bitwright.policy import Bits, Policy
@@ -39,8 +39,6 @@ Status = Literal["done", "stopped", "interrupted"]
 Log = Callable[[Mapping[str, Any]], None]
 
 LINES = "search.jsonl"
-KEPT = 2
-"""Checkpoints that stay on disk: were the newest damaged, the one before it could go on."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +229,9 @@ class _Session:
         with _seeded(self.problem, 0):
             self.state = self.method.start(self.problem)
         started = self.problem.sample_passes - before
-        if not dataclasses.is_dataclass(self.state) or isinstance(self.state, type):
-            kind = type(self.state).__name__
-            raise TypeError(f"method '{self.method.name}': its state is a {kind}; let start() return a dataclass of tensors and numbers")
+        self._check_state(self.state, "start()")
         self.identity = self._fingerprint()
-        saved = None if self.out is None else _load(self.out, self.identity)
+        saved = None if self.out is None else latest(self.out, self.identity)
         if saved is None:
             if self.out is not None:
                 runs.truncate_jsonl(self.out / LINES, 0)
@@ -251,13 +247,12 @@ class _Session:
         first, *records = runs.read_jsonl(self.out / LINES)
         self.uniform = _trial(first) if first["policy"] is not None else None
         self.history = [_trial(record) for record in records]
-        for trial in filter(None, [self.uniform, *self.history]):  # the session before knew what it had evaluated
-            self.problem.remember(trial.policy, trial.loss)
+        self.problem.recall(saved["memory"])
         self.steps, self.lines, self.earlier, self.finished = saved["step"], saved["lines"], saved["seconds"], saved["finished"]
         self.told = self.history[-1] if saved["told"] else None
         self.passes = self.problem.sample_passes - saved["sample_passes"]
         devices = iter(saved["devices"])
-        fields = _map_tensors(saved["state"], lambda tensor: tensor.to(next(devices)))
+        fields = map_tensors(saved["state"], lambda tensor: tensor.to(next(devices)))
         try:
             self.state = type(self.state)(**fields)
         except TypeError as error:  # written by another version of the method, whose state had other fields
@@ -276,14 +271,29 @@ class _Session:
     def advance(self) -> Status | None:
         """Take one step; return "done" if it was the method's last."""
         with _seeded(self.problem, self.steps + 1):
-            self.state, proposal = self.method.step(self.problem, self.state, self.told)
+            answer = self.method.step(self.problem, self.state, self.told)
             self.steps += 1
+            self.state, proposal = self._checked(answer)
             done = self.method.done(self.problem, self.state)
         self.told = None if proposal is None else self._dispose(proposal, last=done)
         if done and not self.history:
             raise PolicyError(f"method '{self.method.name}' was done after {self.steps} steps without a proposal; let step() return one")
         self.finished = "done" if done else None
         return self.finished
+
+    def _checked(self, answer: Any) -> tuple[Any, Proposal | None]:
+        """Return the state and the proposal of a step; raises `TypeError` for anything else."""
+        if isinstance(answer, tuple) and len(answer) == 2 and (answer[1] is None or isinstance(answer[1], Proposal)):
+            self._check_state(answer[0], "step()")
+            return answer
+        shown = f"({', '.join(type(part).__name__ for part in answer)})" if isinstance(answer, tuple) else type(answer).__name__
+        where = f"method '{self.method.name}', step {self.steps}"
+        raise TypeError(f"{where}: step() returned {shown}; let it return a tuple of the state and a Proposal or None")
+
+    def _check_state(self, state: Any, who: str) -> None:
+        if not dataclasses.is_dataclass(state) or isinstance(state, type):
+            kind = type(state).__name__
+            raise TypeError(f"method '{self.method.name}': its state is a {kind}; let {who} return a dataclass of tensors and numbers")
 
     def _dispose(self, proposal: Proposal, *, last: bool) -> Trial:
         """Check, repair, evaluate and write down a proposal."""
@@ -335,13 +345,12 @@ class _Session:
             os.fsync(file.fileno())
         state = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
         devices: list[str] = []
-        _map_tensors(state, lambda tensor: devices.append(str(tensor.device)))
+        map_tensors(state, lambda tensor: devices.append(str(tensor.device)))
         position = {"step": self.steps, "lines": self.lines, "told": self.told is not None, "finished": self.finished}
         spent = {"seconds": self.elapsed(), "sample_passes": self.sample_passes()}
-        tree = {"fingerprint": self.identity, **position, **spent, "devices": devices, "state": state}
-        runs.save_tree(_checkpoint(self.out, self.steps), tree)
-        for old in _checkpoints(self.out)[:-KEPT]:
-            old.unlink(missing_ok=True)
+        known = {"devices": devices, "state": state, "memory": self.problem.memory()}
+        tree = {"fingerprint": self.identity, **position, **spent, **known}
+        keep(self.out, self.steps, tree)
 
     def result(self, status: Status, *, never_worse: bool) -> Result:
         """Rank the trials, and write the winner's policy."""
@@ -457,40 +466,3 @@ def _plain(policy: Policy) -> dict[str, list[int]]:
 def _spelled(policy: Policy) -> str:
     text = ", ".join(f"{name}={bits!r}" for name, bits in policy.items())
     return text if len(text) <= 400 else text[:397] + "…"
-
-
-def _checkpoint(out: Path, steps: int) -> Path:
-    return out / "checkpoint" / f"search-{steps:09d}.safetensors"
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted((out / "checkpoint").glob("search-*.safetensors"))
-
-
-def _load(out: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the newest checkpoint, or None where there is none; refuses a damaged or a foreign one."""
-    files = _checkpoints(out)
-    if not files:
-        return None
-    try:
-        saved: dict[str, Any] = runs.load_tree(files[-1])
-    except RunError as error:
-        older = f" (without it the search goes on from {files[-2].name})" if len(files) > 1 else ""
-        raise RunError(f"{error}{older}") from None
-    was_made_by = saved.get("fingerprint", {})
-    differing = [part for part in ("method", "options", "problem", "source") if was_made_by.get(part) != fingerprint.get(part)]
-    if differing:
-        was, now = was_made_by.get(differing[0]), fingerprint.get(differing[0])
-        raise RunError(f"{out}: holds a search with another {runs.difference(differing[0], was, now)}; give another --out, or restore that")
-    return saved
-
-
-def _map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return a tree with every tensor changed, visited in the order of `runs.flatten`."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_tensors(value, change) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([_map_tensors(value, change) for value in tree])
-    return tree

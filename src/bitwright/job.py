@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from bitwright import latency, runs
 from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
 from bitwright.costs import BitOps, Budget, Cost, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data, mixed
-from bitwright.errors import BudgetError, PolicyError, RunError, nearest
+from bitwright.errors import BudgetError, DataError, PolicyError, RunError, nearest
 from bitwright.exporters.packed import packed_overhead
 from bitwright.memory import ActivationMemory
 from bitwright.models import build, load_weights
@@ -242,8 +242,11 @@ class Job:
         if section is None:
             return None
         images = default_images(self.data) if section.images is None else section.images
-        held = max(1, round(HELD_OUT * images))
-        whole = load_data(section.name, self.data_root, held_out=held, seed=self.recipe.seed, **section.options)
+        load = partial(load_data, section.name, self.data_root, seed=self.recipe.seed, **section.options)
+        try:
+            whole = load(held_out=max(1, round(HELD_OUT * images)))
+        except DataError:  # where that is because of more images than there are, `reduced` says how many there are
+            whole = load(held_out=1)
         return self._in_quality(self._moved(reduced(whole, images, self.recipe.seed)))
 
     @cached_property

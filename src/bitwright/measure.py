@@ -14,6 +14,7 @@ from bitwright.driver import Result, SearchMethod, search
 from bitwright.errors import RecipeError
 from bitwright.evaluation import Evaluation
 from bitwright.job import Job
+from bitwright.outside import theirs
 from bitwright.policy import Policy
 from bitwright.problem import Problem, condition
 from bitwright.training import FinetuneOptions, finetune
@@ -23,11 +24,13 @@ def searched(problem: Problem, method: SearchMethod[Any], out: Path | None = Non
     """Return what `search` finds, for a run or a comparison; ``problem`` has a network of its own, as `Job.problem_of` gives it.
 
     Raises:
-        RecipeError: the method changed the network that it was to find a policy for; what it found is not kept.
+        RecipeError: the method changed the network that it was to find a policy for, and what it found is not kept; or it is from outside
+            the package and failed.
         KeyboardInterrupt: the search was interrupted; the same call goes on with it.
     """
     before = condition(problem.model)
-    result = search(problem, method, out=out, **how)
+    with theirs(type(method)):
+        result = search(problem, method, out=out, **how)
     if result.status == "interrupted":
         raise KeyboardInterrupt
     changed = [what for what, now in condition(problem.model).items() if now != before[what]]

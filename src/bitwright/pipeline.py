@@ -39,6 +39,7 @@ from bitwright.policy import Policy
 from bitwright.recipe import ExportSection, Recipe, load_recipe, make_options
 from bitwright.report import render
 from bitwright.robustness import Goal
+from bitwright.sensitivity import ScoredMethod, other_quantizer
 from bitwright.stopping import Stop, watch
 from bitwright.training import FinetuneOptions, finetune
 from bitwright.training.losses import bin_statistics
@@ -201,7 +202,8 @@ def search_stage(job: Job) -> dict[str, Any]:
     record = found(job, problem, section.method, result)
     if job.proxy is not None:
         write_json(job, "certificate.json", certify(job.problem, problem, result.policy))
-    write_json(job, "search.json", {**record, "uniform": uniform})
+    alarm = other_quantizer(job.quantize_options) if isinstance(method, ScoredMethod) else None
+    write_json(job, "search.json", {**record, "uniform": uniform, **({} if alarm is None else {"alarm": alarm})})
     return {name: record[name] for name in ("method", "status", "steps", "loss", "costs")}
 
 

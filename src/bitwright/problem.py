@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitwright import allocation
 from bitwright.errors import BitwrightError, BudgetError, PolicyError, SiteError, nearest
+from bitwright.outside import callback_digest
 from bitwright.policy import Bits, Policy, check_bits
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Choices = Mapping[str, Sequence[Bits]]
 Loss = Callable[[Policy], float]
+SAMPLE = 16
+"""Images of each split, evenly spaced, that stand for it in a fingerprint."""
 
 
 class HasSplits(Protocol):
@@ -99,7 +102,8 @@ class Problem:
         data: fit and selection splits; anything else in it is left out. None where nothing needs data.
         seed: what all randomness of a search derives from.
         kind: the task; decides what the default loss compares.
-        evaluate: the loss of a policy, lower is better; None takes `bitwright.quant.reference.ReferenceLoss`.
+        evaluate: the loss of a policy, lower is better; None takes `bitwright.quant.reference.ReferenceLoss`. A run directory tells one
+            callback from another by its code and the numbers and texts that it holds (`bitwright.outside.callback_digest`).
 
     Attributes:
         evaluations: how many policies were really evaluated (each one once).
@@ -132,7 +136,7 @@ class Problem:
         self.sample_passes = 0
         self._data = None if data is None else SearchData(data.fit, data.selection)
         self._evaluate = evaluate
-        self._losses: dict[Policy, float] = {}
+        self._losses: dict[tuple[int, ...], float] = {}
         self._calibrated: set[tuple[str, int]] = set()
 
     @property
@@ -253,20 +257,23 @@ class Problem:
         By default the mean KL divergence of the quantized from the float network on the selection split, with one fixed
         quantizer on the float weights (`bitwright.quant.reference`).
         """
-        key = self.policy(self.index(policy))
-        if key not in self._losses:
-            self._losses[key] = float(self._evaluator(key))
+        index = self.index(policy)
+        if index not in self._losses:
+            self._losses[index] = float(self._evaluator(self.policy(index)))
             self.evaluations += 1
-        return self._losses[key]
+        return self._losses[index]
 
-    def remember(self, policy: Mapping[str, Bits], loss: float) -> None:
-        """Take a loss that an earlier session of a search evaluated, so that it is not evaluated again; nan says it was not.
+    def memory(self) -> dict[str, Any]:
+        """Return the losses known so far and what their evaluation calibrated, as a tree that `bitwright.runs.save_tree` takes."""
+        policies = torch.tensor(list(self._losses), dtype=torch.int16).reshape(-1, len(self.choices))
+        losses = torch.tensor(list(self._losses.values()), dtype=torch.float64)
+        return {"policies": policies, "losses": losses, "calibrated": sorted(self._calibrated)}
 
-        What that evaluation calibrated counts no more in `sample_passes` either.
-        """
-        if not math.isnan(loss):
-            self._calibrated.update((name, bits.a) for name, bits in policy.items())
-            self._losses.setdefault(self.policy(self.index(policy)), loss)
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take what an earlier session knew (`memory`): no loss of it is evaluated again, and no calibration counted again."""
+        known = zip(memory["policies"].tolist(), memory["losses"].tolist(), strict=True)
+        self._losses = {tuple(index): loss for index, loss in known} | self._losses
+        self._calibrated.update(memory["calibrated"])
 
     @cached_property
     def _evaluator(self) -> Loss:
@@ -345,7 +352,9 @@ class Problem:
             "sites": [[site.name, site.kind, list(site.weight_shape), site.macs] for site in self.sites],
             "choices": {name: [list(bits) for bits in allowed] for name, allowed in self.choices.items()},
             "budgets": [[budget.cost.name, budget.limit] for budget in self.budgets],
-            "data": None if self._data is None else [len(self._data.fit), len(self._data.selection), self._data.fit.classes],
+            "data": self._data and {"fit": identity(self._data.fit), "selection": identity(self._data.selection)},
+            "kind": self.kind,
+            "evaluate": None if self._evaluate is None else callback_digest(self._evaluate),
             "seed": self.seed,
             "weights": digest(self.model),
         }
@@ -398,6 +407,17 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def identity(split: Split) -> dict[str, Any]:
+    """Return what tells one split from another: its size, and a digest of a few images, as evaluated and as trained on."""
+    hashed = hashlib.sha256()
+    index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).long()
+    for generator in (None, torch.Generator().manual_seed(0)):
+        for tensor in split.batch(index, generator):
+            hashed.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {"images": len(split), "classes": split.classes, "sample": hashed.hexdigest()[:16]}
 
 
 def condition(model: nn.Module) -> dict[str, Any]:

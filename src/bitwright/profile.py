@@ -22,6 +22,7 @@ from bitwright.exporters.packed import packed_overhead
 from bitwright.job import Job
 from bitwright.memory import ActivationMemory
 from bitwright.methods import available, get_method
+from bitwright.outside import theirs
 from bitwright.policy import Bits
 from bitwright.problem import Problem
 from bitwright.recipe import make_options
@@ -31,7 +32,7 @@ from bitwright.report.table import amount, size_text
 from bitwright.report.terminal import new_console
 from bitwright.runs import write_text_atomic
 from bitwright.sensitivity import FILE as TABLE
-from bitwright.sensitivity import ScoredMethod, Sensitivity, parse_bits
+from bitwright.sensitivity import ScoredMethod, Sensitivity, other_quantizer, parse_bits
 from bitwright.sites import Trace, trace
 
 UNIFORM = tuple(Bits(w, a) for w, a in ((32, 32), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (2, 32), (2, 4)))
@@ -50,7 +51,8 @@ def profile(
 
     Args:
         job: recipe, data and run directory.
-        sensitivity: also give what every choice of every site adds to the loss (`bitwright.sensitivity`), as ``sensitivity``.
+        sensitivity: also give what every choice of every site adds to the loss (`bitwright.sensitivity`), as ``sensitivity``; ``alarm``
+            says where the recipe quantizes otherwise than they are measured.
         measure: the method that scores; it takes its options from the recipe if that searches with it. A table of its that is in the
             run directory and not stale is taken instead of measuring again.
         save: write that table to a file, too.
@@ -59,6 +61,7 @@ def profile(
         policies: how many of them; by default as many as `check_additivity` draws.
 
     Raises:
+        BudgetError: no policy keeps the budgets close to which policies are drawn.
         BitwrightError: sensitivities need trained weights and there are none; or ``measure`` scores nothing.
     """
     result = {"model": job.recipe.model.name, **_table(job.trace, job.overhead)}
@@ -66,11 +69,13 @@ def profile(
         return result
     method = _method(job, measure)
     problem = job.problem_of(_network(job))
+    if additivity:
+        problem.check()
     table = _sensitivity(job, problem, method)
     if save is not None:
         table.save(save)
     if sensitivity or save is not None:
-        result["sensitivity"] = json.loads(table.to_json())
+        result["sensitivity"], result["alarm"] = json.loads(table.to_json()), other_quantizer(job.quantize_options)
     if additivity:
         result["additivity"] = check_additivity(problem, table, policies).to_dict()
         write_text_atomic(job.run.inside(ANSWER), json.dumps(result["additivity"], indent=1) + "\n")
@@ -152,12 +157,13 @@ def _sensitivity(job: Job, problem: Problem, method: ScoredMethod) -> Sensitivit
     """Return the run's own table if the method measured it and it is not stale, else what it measures now."""
     file = job.run.path / TABLE
     if file.is_file() and method.table is None:
-        table = Sensitivity.load(file)
-        with suppress(RunError):  # measured otherwise: measure anew
+        with suppress(RunError):  # measured otherwise, or changed since: measure anew
+            table = Sensitivity.load(file)
             table.check(problem, method)
             table.scores(problem)
             return table
-    return method.sensitivity(problem)
+    with theirs(type(method)):
+        return method.sensitivity(problem)
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -169,6 +175,8 @@ def show(result: Mapping[str, Any]) -> None:
     if "sensitivity" in result:
         for table in _sensitivity_tables(result["sensitivity"]):
             console.print(table)
+        if result["alarm"]:
+            console.print(f"! {result['alarm']}", highlight=False)
     if "additivity" in result:
         for text in _additivity_lines(result["additivity"]):
             console.print(text, highlight=False)

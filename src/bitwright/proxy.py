@@ -51,7 +51,7 @@ def reduced(data: Data, images: int, seed: int) -> Data:
     """Return a data set of so many training images, a fifth of them for selection.
 
     Raises:
-        DataError: there are not so many, or fewer than two were asked for.
+        DataError: there are not so many, fewer than two were asked for, or too few are held out for selection.
 
     >>> from bitwright.data import load_data
     >>> small = reduced(load_data("digits", held_out=100, seed=0), 50, seed=0)
@@ -59,9 +59,12 @@ def reduced(data: Data, images: int, seed: int) -> Data:
     (40, 10)
     """
     held = max(1, round(HELD_OUT * images))
-    if images - held < 1 or images - held > len(data.fit) or held > len(data.selection):
-        most = min(int(len(data.fit) / (1 - HELD_OUT)), int(len(data.selection) / HELD_OUT))
+    most = len(data.fit) + len(data.selection)
+    if not 2 <= images <= most:
         raise DataError(f"proxy: {images} images of {data.name} were asked for; give 2 to {most}")
+    if images - held > len(data.fit) or held > len(data.selection):
+        found = f"{len(data.selection)} of {most} are held out"
+        raise DataError(f"proxy: {images} images of {data.name} are {held} for selection, and {found}; load them with held_out={held}")
     generator = torch.Generator().manual_seed(seed)
     chosen = [torch.randperm(len(split), generator=generator)[:n] for split, n in ((data.fit, images - held), (data.selection, held))]
     return Data(data.name, data.fit.subset(chosen[0]), data.selection.subset(chosen[1]), data.test, data.classes, data.shape)
@@ -182,7 +185,11 @@ def replace_head(network: nn.Module, last: str, data: Data, images: int = 2000) 
 
 
 def estimate_batchnorm(network: nn.Module, split: Split, images: int = 2000) -> int:
-    """Measure every BatchNorm anew on a split, in place: a plain average over batches; return the sample-passes it took."""
+    """Measure every BatchNorm anew on a split, in place: a plain average over batches; return the sample-passes it took.
+
+    Raises:
+        DataError: there is one image, and of one a BatchNorm has no statistics because it sees no more than a vector an image.
+    """
     modules = batchnorms(network)
     if not modules:
         return 0
@@ -195,12 +202,22 @@ def estimate_batchnorm(network: nn.Module, split: Split, images: int = 2000) -> 
     with torch.no_grad():
         for x, _ in split.take(images).batches(250):
             if len(x) > 1 or seen == 0:
-                network(x.to(device))
+                _measured(network, x.to(device))
                 seen += len(x)
     for name, module in modules.items():
         module.momentum = momenta[name]
         module.eval()
     return seen
+
+
+def _measured(network: nn.Module, x: Tensor) -> None:
+    """Run a network in training mode; raises `DataError` where one image is too few for that."""
+    try:
+        network(x)
+    except ValueError as error:
+        if len(x) > 1:
+            raise
+        raise DataError(f"proxy: of one image there are no BatchNorm statistics ({error}); give 3 images or more") from None
 
 
 def _runs(network: nn.Module, data: Data) -> bool:

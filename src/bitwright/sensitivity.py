@@ -7,14 +7,14 @@ The total loss is taken to be the sum over the sites, each changed alone, so the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,17 +24,14 @@ from bitwright.allocation import allocate
 from bitwright.driver import Proposal, SearchMethod, Trial
 from bitwright.errors import RunError
 from bitwright.policy import Bits, Policy
-from bitwright.problem import Problem, digest
+from bitwright.problem import Problem, digest, identity
 from bitwright.quant import QuantOptions
 
-if TYPE_CHECKING:
-    from bitwright.data import Split
-
-FORMAT = "bitwright-sensitivity-1"
+FORMAT = "bitwright-sensitivity-2"
+FORMER = "bitwright-sensitivity-1"
+"""Of tables without a digest: nobody can tell whether they were changed."""
 FILE = "sensitivity.json"
 """What a search by a `ScoredMethod` leaves in its run directory."""
-SAMPLE = 16
-"""Images of each split, evenly spaced, that stand for it in a fingerprint."""
 PARTS = {"model": "another network", "data": "other data", "quantizer": "another quantizer", "options": "other options"}
 """What a table must share with the problem that it is used on, and what is said of one that does not."""
 
@@ -126,9 +123,8 @@ class Sensitivity:
     def to_json(self) -> str:
         """Return the table as JSON text; `load` reads it back from a file."""
         values = {site: {repr(bits): value for bits, value in row.items()} for site, row in self.values.items()}
-        content = {"format": FORMAT, "measure": self.measure, "sample_passes": self.sample_passes}
-        content |= {"fingerprint": self.fingerprint, "values": values}
-        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+        content = {"measure": self.measure, "sample_passes": self.sample_passes, "fingerprint": self.fingerprint, "values": values}
+        return json.dumps({"format": FORMAT, "digest": _digest(content), **content}, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the table to a JSON file, atomically."""
@@ -136,13 +132,16 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """Read what `save` wrote; raises `RunError` for anything else."""
+        """Read what `save` wrote; raises `RunError` for anything else, and for a table that was changed since."""
         try:
             content = json.loads(Path(path).read_text("utf-8"))
-            if content["format"] != FORMAT:
+            if content["format"] not in (FORMAT, FORMER):
                 raise ValueError(f"format {content['format']!r}, expected '{FORMAT}'")
             values = {str(site): {parse_bits(text): float(value) for text, value in row.items()} for site, row in content["values"].items()}
-            return cls(str(content["measure"]), values, dict(content["fingerprint"]), int(content.get("sample_passes", 0)))
+            fault = _fault(content, values)
+            if fault is not None:
+                raise RunError(f"table {path}: {fault}; {_mend(content['measure'])}")
+            return cls(str(content["measure"]), values, dict(content["fingerprint"]), int(content["sample_passes"]))
         except OSError as error:
             raise RunError(f"table {path}: cannot be read ({error.strerror}); give a file that `bitwright profile --save` wrote") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -162,7 +161,7 @@ def fingerprint(problem: Problem, method: ScoredMethod | None) -> dict[str, Any]
     data = problem.data if problem.has_data else None
     parts: dict[str, Any] = {
         "model": digest(problem.model)[:16],
-        "data": data and {"fit": _identity(data.fit), "selection": _identity(data.selection)},
+        "data": data and {"fit": identity(data.fit), "selection": identity(data.selection)},
         "sites": {site.name: list(site.layers) for site in problem.sites},
     }
     if method is not None:
@@ -173,15 +172,40 @@ def fingerprint(problem: Problem, method: ScoredMethod | None) -> dict[str, Any]
     return plain
 
 
-def _identity(split: Split) -> dict[str, Any]:
-    """Return what tells one split from another: its size, and a digest of a few images, as evaluated and as trained on."""
-    hashed = hashlib.sha256()
-    index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).long()
-    for generator in (None, torch.Generator().manual_seed(0)):
-        for tensor in split.batch(index, generator):
-            hashed.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {"images": len(split), "classes": split.classes, "sample": hashed.hexdigest()[:16]}
+def _fault(content: Mapping[str, Any], values: Mapping[str, Mapping[Bits, float]]) -> str | None:
+    """Return why the values of a table are not those that were measured, if that is so."""
+    for site, row in values.items():
+        for bits, value in row.items():
+            if not math.isfinite(value):
+                return f"the value of site '{site}' at {bits!r} is {value}, not a finite number"
+    if content["format"] == FORMER:
+        return "written by an earlier version, which does not show whether it was changed"
+    if content["digest"] != _digest({name: part for name, part in content.items() if name not in ("format", "digest")}):
+        return "changed by hand since it was measured (its digest does not match)"
+    return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of a table's content."""
+    return runs.fingerprint(content)[:16]
+
+
+def other_quantizer(options: QuantOptions) -> str | None:
+    """Return what is to be known where a policy will be quantized otherwise than sensitivities are measured; None where alike.
+
+    Like the loss of a policy, they are taken with one reference quantizer, the default `QuantOptions`; points are no sites.
+
+    >>> other_quantizer(QuantOptions(points=("add",)))
+    >>> other_quantizer(QuantOptions(rule="minmax")).partition(",")[0]
+    'Sensitivities are measured with the reference quantizer'
+    """
+    changed = [f"{f.name}={getattr(options, f.name)}" for f in dataclasses.fields(QuantOptions) if f.name != "points"]
+    reference = [f"{f.name}={f.default}" for f in dataclasses.fields(QuantOptions) if f.name != "points"]
+    others = ", ".join(text for text, usual in zip(changed, reference, strict=True) if text != usual)
+    if not others:
+        return None
+    way = "the order of choices may be another there, so look at the policy after fine-tuning (`bitwright compare`)"
+    return f"Sensitivities are measured with the reference quantizer, and the recipe quantizes with {others}: {way}."
 
 
 def parse_bits(text: str) -> Bits:

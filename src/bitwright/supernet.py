@@ -7,6 +7,7 @@ its weights' training, its state and its budget's pressure are the same and live
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -34,6 +35,8 @@ from bitwright.training.finetune import (
     steps_in,
 )
 
+STEPS = 150
+"""Steps that a search takes at least unless it is told how long: what a step sees of a width's gain is mostly noise."""
 KNOWN = {"quantizer": ("lsq", "entropy", "dorefa"), "precision": ("float32", "bfloat16")}
 
 
@@ -58,7 +61,7 @@ class SupernetMethod(SearchMethod[S]):
     """Options of the weights' training, which every differentiable search shares.
 
     Attributes:
-        epochs: passes over the fit split.
+        epochs: passes over the fit split, however few steps they are; where not given, one pass and at least 150 steps.
         max_steps: stop after so many steps, where given.
         batch_size: images a step.
         quantizer: of weights: ``lsq`` (a learned step size per width), ``entropy`` or ``dorefa``.
@@ -72,7 +75,7 @@ class SupernetMethod(SearchMethod[S]):
 
     ranking: ClassVar[Literal["loss", "last"]] = "last"
 
-    epochs: float = 1.0
+    epochs: float | None = None
     max_steps: int | None = None
     batch_size: int = 128
     quantizer: WeightForm = "lsq"
@@ -87,7 +90,7 @@ class SupernetMethod(SearchMethod[S]):
         self.check_known(KNOWN)
         if self.max_steps is not None and self.max_steps < 1:
             raise RecipeError(f"{self.name}: max_steps={self.max_steps}; give at least 1, or leave it out")
-        if min(self.epochs, self.lr, self.batch_size) <= 0:
+        if min(1.0 if self.epochs is None else self.epochs, self.lr, self.batch_size) <= 0:
             raise RecipeError(f"{self.name}: epochs, lr and batch_size must be above 0")
 
     def check_known(self, known: dict[str, tuple[str, ...]]) -> None:
@@ -102,13 +105,23 @@ class SupernetMethod(SearchMethod[S]):
 
     def steps(self, problem: Problem) -> int:
         """Return the number of steps of the whole search."""
-        total = max(1, round(self.epochs * max(1, len(problem.data.fit) // self.batch_size)))
+        epoch = max(1, len(problem.data.fit) // self.batch_size)
+        total = max(STEPS, epoch) if self.epochs is None else max(1, round(self.epochs * epoch))
         return total if self.max_steps is None else min(total, self.max_steps)
+
+    def brevity(self, problem: Problem) -> dict[str, float]:
+        """Warn of a search that is too short to see what a width is worth, and return what its last proposal notes of it; else nothing."""
+        steps = self.steps(problem)
+        if steps >= STEPS:
+            return {}
+        few = f"{steps} step{'s are' if steps > 1 else ' is'} too few to see what a width is worth"
+        warnings.warn(f"{self.name}: {few}; leave out epochs and max_steps, or let them give {STEPS} or more", stacklevel=3)
+        return {"short": 1.0}
 
     def training(self) -> FinetuneOptions:
         """Return the options of the weights' training."""
         return FinetuneOptions(
-            epochs=math.ceil(self.epochs),
+            epochs=math.ceil(self.epochs or 1),
             batch_size=self.batch_size,
             lr=self.lr,
             momentum=self.momentum,
@@ -146,6 +159,7 @@ class Supernet:
         self.row_gates = [self._gate(row.widths) for row in decisions.rows]
         images = calibration_images(problem.data.fit)
         assert images is not None
+        self.calibrated_on = len(images)
         gates = {layer: self._layer_gates(name) for name in problem.choices for layer in problem.trace[name].layers}
         self.network = switchable(problem.model, gates, images.to(self.device), form=method.quantizer)
         set_memory_order(self.network.train(), channels_last=method.channels_last)
@@ -166,8 +180,10 @@ class Supernet:
         return LayerGates(*both)
 
     def attach(self, state: SupernetState, *, fresh: bool) -> None:
-        """Make the tensors of the network those of a state; a fresh state takes the network's."""
-        if not fresh:
+        """Make the tensors of the network those of a state; a fresh state takes the network's, whose calibration is then spent."""
+        if fresh:
+            self.problem.spend(self.calibrated_on)
+        else:
             self.network.load_state_dict(state.weights)
             self.optimizer.load_state_dict(state.optimizer)
         state.weights = dict(self.network.state_dict())

@@ -451,6 +451,8 @@ def _invalid(problem: Problem, result: Result) -> list[str]:
 
 SAME = ("policy", "loss", "costs", "status", "steps", "sample_passes")
 """What a search that was stopped and resumed reports like one that was not."""
+BESIDE = ("seconds", "memory", "fingerprint")
+"""What a checkpoint holds beside the state: the time, what the problem was asked, also by other searches, and by which callback."""
 
 
 def _differences(whole: Result, pieces: Result, *folders: Path) -> list[str]:
@@ -459,7 +461,7 @@ def _differences(whole: Result, pieces: Result, *folders: Path) -> list[str]:
     wrong = [f"stopped and resumed, its {name} is {got} instead of {want}" for name, want, got in values if want != got]
     if [_timeless(trial) for trial in whole.history] != [_timeless(trial) for trial in pieces.history]:
         wrong.append("stopped and resumed, its history is another")
-    states = [runs.flatten({k: v for k, v in _last_checkpoint(folder).items() if k != "seconds"}) for folder in folders]
+    states = [runs.flatten({k: v for k, v in _last_checkpoint(folder).items() if k not in BESIDE}) for folder in folders]
     if states[0][0] != states[1][0] or not all(map(_same_bits, states[0][1], states[1][1])):
         wrong.append("stopped and resumed, its final state is another")
     return wrong

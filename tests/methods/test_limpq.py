@@ -101,8 +101,8 @@ def test_the_table_of_a_search_says_what_measuring_took(tmp_path):
     problem = planted("joint", seed=0).problem
     method = LIMPQ(max_steps=2, batch_size=32)
     search(problem, method, out=tmp_path)
-    assert Sensitivity.load(tmp_path / FILE).sample_passes == 2 * 4 * 32 * 3
-    assert method.sensitivity(planted("joint", seed=0).problem).sample_passes == 2 * 4 * 32 * 3
+    assert Sensitivity.load(tmp_path / FILE).sample_passes == 256 + 2 * 4 * 32 * 3
+    assert method.sensitivity(planted("joint", seed=0).problem).sample_passes == 256 + 2 * 4 * 32 * 3
 
 
 def test_pinned_sites_score_nothing_and_a_problem_of_pins_is_solved():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint
 
@@ -11,9 +12,10 @@ import pytest
 from safetensors.torch import save_file
 
 import bitwright.methods
-from bitwright import cli, runs
+from bitwright import baselines, cli, runs
 from bitwright.driver import SearchMethod, search
 from bitwright.errors import RecipeError, RunError
+from bitwright.job import Job
 from bitwright.methods import available, get_method
 from bitwright.methods.uniform import Uniform
 from bitwright.policy import Policy
@@ -59,6 +61,13 @@ class Narrowing(SearchMethod[State]):
 '''
 
 
+def trained_digits(run, folder):
+    """Return the flags of a trained network, whose weights are taken from a run."""
+    weights = {name: tensor.contiguous() for name, tensor in runs.load_tree(run / "float.safetensors").items()}
+    save_file(weights, folder / "net.safetensors")
+    return ["--model", "digits_cnn", "--weights", str(folder / "net.safetensors"), "--data", "digits", "--held-out", "100"]
+
+
 def test_every_file_is_a_method_named_like_it():
     found = available()
     assert {"uniform", "random", "fisher", "sdq", "greedy", "evolution", "haq"} <= set(found)
@@ -80,9 +89,7 @@ def test_a_method_from_another_package_searches_from_the_command_line(monkeypatc
     (package / "__init__.py").write_text("")
     (package / "narrowing.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    weights = {name: tensor.contiguous() for name, tensor in runs.load_tree(finished_run / "float.safetensors").items()}
-    save_file(weights, tmp_path / "net.safetensors")
-    network = ["--model", "digits_cnn", "--weights", str(tmp_path / "net.safetensors"), "--data", "digits", "--held-out", "100"]
+    network = trained_digits(finished_run, tmp_path)
     asked = ["--budget", "weight_bits<=4", "--weight-bits", "1", "2", "3", "4", "8", "--method", "elsewhere.narrowing:Narrowing"]
     out = tmp_path / "run"
     assert cli.main(["search", *network, *asked, "--notches", "2", "--out", str(out), "--json"]) == 0
@@ -96,6 +103,65 @@ def test_a_method_from_another_package_searches_from_the_command_line(monkeypatc
     assert result["average_weight_bits"] <= 4
     assert cli.main(["search", str(out), "--again", "--json"]) == 0  # the recipe in the run directory names it too
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["search"]["method"] == "elsewhere.narrowing:Narrowing"
+
+
+STEP = "        state = State(state.lowered + self.notches)\n"
+LINE = 1 + OUTSIDE.splitlines().index(STEP.rstrip())
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "message"),
+    [
+        ("raises", "        1 / 0\n", rf"ZeroDivisionError: division by zero (PATH, line {LINE}); mend that file"),
+        ("lacks", "        import a_package_that_nobody_has\n", "ModuleNotFoundError: No module named 'a_package_that_nobody_has' (PATH"),
+        ("bare", "        return state\n", "step() returned State; let it return a tuple of the state and a Proposal or None"),
+        ("stateless", "        return 3, None\n", "its state is a int; let step() return a dataclass of tensors and numbers"),
+        ("unsaved", "        return State(problem), None\n", "TypeError: tree.state.lowered: cannot save Problem; use tensors, numbers"),
+    ],
+)
+def test_a_fault_of_a_method_from_outside_is_one_line_that_says_where(name, instead, message, monkeypatch, tmp_path, finished_run, capsys):
+    file = tmp_path / f"fault_{name}.py"
+    begin, _, _ = OUTSIDE.replace(STEP, instead).partition("    def done(")
+    file.write_text(begin + "    def done(self, problem, state):\n        return False\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = trained_digits(finished_run, tmp_path)
+    asked = ["--budget", "weight_bits<=4", "--method", f"fault_{name}:Narrowing", "--set", "search.save_every=1"]
+    assert cli.main(["search", *network, *asked, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("bitwright: the search failed: ")
+    assert message.replace("PATH", str(file)) in said
+    assert "Traceback" not in said
+
+
+SCORED = """
+from dataclasses import dataclass
+from bitwright.sensitivity import ScoredMethod
+
+
+@dataclass(frozen=True)
+class Scored(ScoredMethod):
+    def scores(self, problem):
+        return 1 / 0
+"""
+
+
+def test_profiles_and_baselines_say_it_too(monkeypatch, tmp_path, finished_run, capsys):
+    file = tmp_path / "fault_scored.py"
+    file.write_text(SCORED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(["profile", str(finished_run), "--sensitivity", "--measure", "fault_scored:Scored"]) == 2
+    message = f"the search failed: ZeroDivisionError: division by zero ({file}, line 9); mend that file"
+    assert message in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        baselines._policy(Job.load(finished_run), "fault_scored:Scored", 0)
+
+
+def test_a_fault_of_our_own_method_is_our_fault(monkeypatch, tmp_path, finished_run, capsys):
+    monkeypatch.setattr("bitwright.methods.uniform.Uniform.step", lambda *_: 1 / 0)
+    network = trained_digits(finished_run, tmp_path)
+    asked = ["--budget", "weight_bits<=4", "--method", "uniform", "--out", str(tmp_path / "run")]
+    assert cli.main(["search", *network, *asked]) == 1
+    assert "this is our fault, not yours" in capsys.readouterr().err
 
 
 def test_a_file_in_the_working_directory_is_a_method(monkeypatch, tmp_path):
@@ -115,6 +181,11 @@ def test_a_file_in_the_working_directory_is_a_method(monkeypatch, tmp_path):
             "own_plain",
             OUTSIDE.replace("@dataclass(frozen=True)\n", ""),
             r"is no dataclass of options; write @dataclass\(frozen=True\) above class Narrowing in \S*own_plain.py",
+        ),
+        (
+            "own_unranked",
+            OUTSIDE.replace('    ranking: ClassVar[str] = "loss"\n', ""),
+            r"'own_unranked:Narrowing' does not say how its proposals are ranked; write ranking: ClassVar = \"loss\" in it, or \"last\"",
         ),
     ],
 )

@@ -374,7 +374,7 @@ def test_bits_that_collapse_warn():
 def test_a_healthy_search_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        search(problem_of(average=2.5), quick())
+        search(problem_of(average=2.5), quick(max_steps=150, epochs=1000))
 
 
 # ---- refusals

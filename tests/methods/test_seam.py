@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from bitwright.costs import Budget, WeightBits
-from bitwright.data import TensorSplit
+from bitwright.data import Data, TensorSplit
 from bitwright.driver import search
 from bitwright.errors import RecipeError
 from bitwright.methods.seam import SEAM, MarginLoss, State, class_centres, classifier, gumbel
 from bitwright.problem import Problem, SearchData, build_choices
+from bitwright.proxy import replace_head
 from bitwright.runs import read_jsonl
 from bitwright.sites import trace
 from bitwright.testing import Kind, check_method, planted
@@ -178,3 +180,16 @@ def test_state_holds_the_gains_of_neighbouring_widths() -> None:
     free = net.decisions.free
     assert torch.all(state.draws[free].sum((1, 2)) >= 5)  # a drawn width is the lower of one pair or the upper of another, or both
     assert torch.all(state.draws[:, 0] == 0)
+
+
+def test_a_proxy_of_one_class_is_searched_and_the_margin_term_says_nothing() -> None:
+    problem = planted("conv", 0).problem
+    fit = problem.data.fit
+    images, _ = fit.batch(torch.arange(64))
+    one = TensorSplit(images, torch.zeros(64, dtype=torch.long), classes=1)
+    network = copy.deepcopy(problem.model)
+    replace_head(network, problem.trace.last, Data("one", one, one, one, 1, tuple(images.shape[1:])))
+    proxy = problem.on(network, SearchData(one, one), evaluate=lambda policy: 0.0)
+    result = search(proxy, SEAM(**(SHORT | {"max_steps": 20})))
+    assert result.status == "done"
+    assert problem.feasible(result.policy)

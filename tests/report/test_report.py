@@ -157,7 +157,7 @@ def test_alarms_of_collapse_repair_stop_and_waste(copied: Path) -> None:
     base = {"costs": [1], "loss": None, "seconds": 1.0}
     lines += [
         {**base, "step": 1, "proposed": moved, "policy": moved, "repaired": False},
-        {**base, "step": 2, "proposed": plain, "policy": plain, "repaired": True, "note": {"collapsed": 1.0}},
+        {**base, "step": 2, "proposed": plain, "policy": plain, "repaired": True, "note": {"collapsed": 1.0, "short": 1.0}},
     ]
     (copied / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     limit = json.loads((copied / "sites.json").read_text())["budgets"][0]["limit"]
@@ -171,6 +171,7 @@ def test_alarms_of_collapse_repair_stop_and_waste(copied: Path) -> None:
         "the search collapsed to a uniform policy",
         "broke the budget; the nearest feasible policy was taken",
         "fell to its lowest candidate",
+        "took 2 steps, too few to see what a width is worth",
         "spends 50% of its tightest budget",
         "the uniform policy of the same budget has the lower loss (0.1 against 0.2)",
         "does not beat the mean of 9 random policies of the same budget by more than two standard errors",

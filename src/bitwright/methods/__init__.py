@@ -85,6 +85,9 @@ def _checked(kind: object, what: str) -> type[SearchMethod[Any]]:
     if not dataclasses.is_dataclass(kind):
         file = sys.modules[kind.__module__].__file__
         raise RecipeError(f"{what} is no dataclass of options; write @dataclass(frozen=True) above class {kind.__name__} in {file}")
+    if getattr(kind, "ranking", None) not in ("loss", "last"):
+        ways = 'write ranking: ClassVar = "loss" in it, or "last" if its weights adapt while it searches'
+        raise RecipeError(f"{what} does not say how its proposals are ranked; {ways}")
     return kind
 
 

@@ -145,7 +145,7 @@ class SoftmaxMethod(SupernetMethod[S]):
         free = [(decisions.rows[r], p[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": [float(share) for share in own[: len(row.widths)]] for row, own in free}
         expected = decisions.expected_spending(p)
-        return Proposal(policy, expected, gates, self.note(state))
+        return Proposal(policy, expected, gates, self.note(state) | (self.brevity(net.problem) if last else {}))
 
 
 def shares(alpha: Tensor, decisions: Decisions, temperature: float) -> Tensor:

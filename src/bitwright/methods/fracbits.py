@@ -106,9 +106,9 @@ class FracBits(SupernetMethod[State]):
         state.bits = torch.maximum(torch.minimum(moved, _ends(net.decisions, -1)), _ends(net.decisions, 0))
         state.optimizer = net.optimizer.state_dict()
         last = self.done(problem, state)
-        return state, self._proposal(net, state) if last or state.step % EVERY == 0 else None
+        return state, self._proposal(net, state, last=last) if last or state.step % EVERY == 0 else None
 
-    def _proposal(self, net: Supernet, state: State) -> Proposal:
+    def _proposal(self, net: Supernet, state: State, *, last: bool) -> Proposal:
         """Return the rounded widths after the shift that makes them fit."""
         decisions = net.decisions
         fitting = state.bits + shift_to_fit(state.bits, decisions, rounded=True)
@@ -117,7 +117,8 @@ class FracBits(SupernetMethod[State]):
         free = [(decisions.rows[r], p[r]) for r in decisions.free]
         gates = {f"{row.sites[0]}:{row.kind}": own[: len(row.widths)].tolist() for row, own in free}
         expected = decisions.expected_spending(p)
-        return Proposal(policy, expected, gates, {"loss": state.loss, "strength": float(state.strength.max())})
+        note = {"loss": state.loss, "strength": float(state.strength.max())} | (self.brevity(net.problem) if last else {})
+        return Proposal(policy, expected, gates, note)
 
 
 def _ends(decisions: Decisions, place: int) -> Tensor:

@@ -175,6 +175,7 @@ class _Engine:
         self.device = next(problem.model.parameters()).device
         images = calibration_images(problem.data.fit)
         assert images is not None
+        self.calibrated_on = len(images)
         self.gates = {site.name: self._gates(site.name) for site in problem.sites}
         by_layer = {layer: self.gates[site.name] for site in problem.sites for layer in site.layers}
         self.network = switchable(problem.model, by_layer, images.to(self.device))
@@ -200,10 +201,12 @@ class _Engine:
         return Gate(gate.widths.to(self.device), nn.Parameter(gate.weights.data.to(self.device), requires_grad=False))
 
     def attach(self, state: State) -> None:
-        """Make the tensors of the network those of a state; a state that has none takes the network's."""
+        """Make the tensors of the network those of a state; a state that has none takes the network's, whose calibration is then spent."""
         if state.weights:
             self.network.load_state_dict(state.weights)
             self.optimizer.load_state_dict(state.optimizer)
+        else:
+            self.problem.spend(self.calibrated_on)
         state.weights, state.optimizer = dict(self.network.state_dict()), self.optimizer.state_dict()
         state.engine = self
 

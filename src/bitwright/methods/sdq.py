@@ -231,6 +231,8 @@ class SDQ(SupernetMethod[State]):
         gates = {f"{row.sites[0]}:{row.kind}": self._gate_of(row.widths, state, r) for r, row in free}
         expected = decisions.expected_spending(probabilities(state.beta, state.level))
         note = {"loss": state.loss, "strength": float(state.strength.max()), **alarms(decisions, policy)}
+        if last:
+            note |= self.brevity(net.problem)
         if last and note["stuck"] + note["collapsed"]:
             warnings.warn(_alarm_text(note, len(decisions.free)), stacklevel=2)
         return Proposal(policy, expected, gates, note)

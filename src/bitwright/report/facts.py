@@ -122,6 +122,8 @@ def alarms(facts: Facts) -> list[str]:
     found = []
     if facts.found.get("status") == "stopped":
         found.append("The search was stopped by a step or time limit, or at an accuracy, before the method was done.")
+    if facts.found.get("alarm"):
+        found.append(facts.found["alarm"])
     if facts.certificate and not facts.certificate["safe"]:
         found.append("The policy is not safe to transfer from its proxy: " + "; ".join(facts.certificate["reasons"]) + ".")
     tables = (facts.latency, (facts.artefact.get("latency") or {}).get("table", {}))
@@ -155,6 +157,8 @@ def _search_alarms(facts: Facts) -> list[str]:
     last: Row = facts.search[-1] if facts.search else {}
     if last.get("repaired"):
         found.append("The method's last proposal broke the budget; the nearest feasible policy was taken instead.")
+    if (last.get("note") or {}).get("short"):
+        found.append(f"The search took {last['step']} steps, too few to see what a width is worth: leave out its epochs and max_steps.")
     if (last.get("note") or {}).get("collapsed"):
         found.append("Nearly every bit-width fell to its lowest candidate: the budget leaves no choice, or the search moved too fast.")
     return found

@@ -129,12 +129,15 @@ def margin_ratio(features: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
         centres: of the classes, ``[classes, D]``; no gradient enters them.
 
     Returns:
-        0-dimensional: 0 where every sample lies on its class's centre, about 1 where classes do not differ.
+        0-dimensional: 0 where every sample lies on its class's centre, about 1 where classes do not differ. Of fewer than two classes it
+        says nothing, and is 0.
 
     >>> margin_ratio(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
     tensor(0.2500)
     """
+    if len(centres) < 2:
+        return features.new_zeros(())
     distances = (features[:, None] - centres.detach()[None]).square().sum(2)
     own = distances.gather(1, labels[:, None])[:, 0]
-    others = (distances.sum(1) - own) / max(1, len(centres) - 1)
+    others = (distances.sum(1) - own) / (len(centres) - 1)
     return own.mean() / others.mean().clamp_min(1e-12)
