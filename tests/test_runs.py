@@ -223,10 +223,11 @@ def test_an_edited_recipe_is_refused_and_named(tmp_path):
     Run.open(tmp_path / "r", {"seed": 1, "search": {"method": "sdq", "options": {"a": 1}}}).finish("search")
     before = (tmp_path / "r" / "manifest.json").read_bytes()
     with pytest.raises(RunError) as caught:
-        Run.open(tmp_path / "r", {"seed": 2, "search": {"method": "sdq", "options": {"a": 1}}, "new": None})
+        Run.open(tmp_path / "r", {"seed": 2, "search": {"method": "sdq", "options": {"a": 1}}, "new": 3, "none": None})
     message = str(caught.value)
     assert "seed (was 1, now 2)" in message
-    assert "new (was absent, now null)" in message
+    assert "new (was absent, now 3)" in message
+    assert "none" not in message  # a key that is not given
     assert "method" not in message
     assert "another --out, or restore" in message
     assert (tmp_path / "r" / "manifest.json").read_bytes() == before
