@@ -350,11 +350,11 @@ def post_training(rows: list[Row]) -> str:
     steps = [row for row in shown if row["arm"].split()[0] in ("with", "without", "only", "none")]
     policies = [row for row in shown if row not in steps]
     text = (
-        "Unlabelled training images, 512 drawn at random, give the sensitivities, and the first 512 correct the network: 1,019 distinct "
-        "ones (MobileNetV2: 96). The loss that stands beside a search looks at 512 held-out images and calibrates on 256. Nothing "
-        "is trained. Averages are over all layers, ends included; activations 8 bits. `uniform` has one width everywhere and the same "
-        "quantizer and corrections; differences to it are paired over images, with 95 % intervals. Seconds are processor "
-        "time on one thread."
+        "The same 512 unlabelled training images, drawn at random by the seed, give the sensitivities and correct the network "
+        "(MobileNetV2, measured earlier: 96 random ones and the first 96). The loss that stands beside a search looks at 512 held-out "
+        "images and chooses nothing. Nothing is trained. Averages are over all layers, ends included; activations 8 bits. `uniform` has "
+        "one width everywhere and the same quantizer and corrections; differences to it are paired over images, with 95 % intervals. "
+        "Seconds are processor time on one thread."
     )
     if any(row["network"] == "mobilenet_v2" for row in rows):
         text += (
