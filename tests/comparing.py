@@ -30,3 +30,33 @@ def without_times(content: Any) -> Any:
         times = ("seconds", "search_seconds", "made_by", "run", "manifest")
         return {key: without_times(value) for key, value in content.items() if key not in times}
     return [without_times(item) for item in content] if isinstance(content, list) else content
+
+
+CHEAPEST = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bitwright.driver import Proposal, SearchMethod
+
+
+@dataclass
+class State:
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Cheapest(SearchMethod[State]):
+    """Proposes the narrowest widths."""
+
+    ranking: ClassVar[str] = "last"
+
+    def start(self, problem):
+        return State()
+
+    def step(self, problem, state, told):
+        return State(1), Proposal(problem.cheapest())
+
+    def done(self, problem, state):
+        return state.steps > 0
+'''
+"""A file of a method from outside the package, for others to derive from."""

@@ -34,36 +34,11 @@ from bitwright.recipe import load_recipe
 from bitwright.report import render
 from bitwright.runs import Run, load_tree
 from bitwright.training import FinetuneOptions
-from comparing import LONG, SHORT, recipe_of, without_times
+from comparing import CHEAPEST, LONG, SHORT, recipe_of, without_times
 from conftest import TINY
 
-METHODS = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-from bitwright.driver import Proposal, SearchMethod
+METHODS = f'''{CHEAPEST}
 from bitwright.errors import RecipeError
-
-
-@dataclass
-class State:
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class Cheapest(SearchMethod[State]):
-    """Proposes the narrowest widths."""
-
-    ranking: ClassVar[str] = "last"
-
-    def start(self, problem):
-        return State()
-
-    def step(self, problem, state, told):
-        return State(1), Proposal(problem.cheapest())
-
-    def done(self, problem, state):
-        return state.steps > 0
 
 
 @dataclass(frozen=True)

@@ -14,36 +14,10 @@ from bitwright.errors import RecipeError
 from bitwright.job import Job
 from bitwright.recipe import load_recipe
 from bitwright.runs import load_tree
-from comparing import recipe_of, without_times
+from comparing import CHEAPEST, recipe_of, without_times
 
-METHODS = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
+METHODS = f"""{CHEAPEST}
 import torch
-
-from bitwright.driver import Proposal, SearchMethod
-
-
-@dataclass
-class State:
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class Cheapest(SearchMethod[State]):
-    """Proposes the narrowest widths."""
-
-    ranking: ClassVar[str] = "last"
-
-    def start(self, problem):
-        return State()
-
-    def step(self, problem, state, told):
-        return State(1), Proposal(problem.cheapest())
-
-    def done(self, problem, state):
-        return state.steps > 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +46,7 @@ class Zeroes(Cheapest):
 class Breaks(Zeroes):
     def step(self, problem, state, told):
         raise OSError("and leaves the network as it is")
-'''
+"""
 
 
 def test_a_method_that_changes_the_network_is_refused_and_changes_only_a_copy(
