@@ -223,12 +223,20 @@ def job_of(seed: int, arguments: argparse.Namespace) -> Job:
     return job
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what else decides a result, beside arm, seed and learning rate."""
+    return {name: getattr(arguments, name) for name in ("recipe", "epochs", "images", "test_images", "probe", "set")}
+
+
 def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace, made_by: dict[str, str]) -> dict[str, Any] | None:
     """Return the result of one training, made now unless it is there or another process is at it."""
     folder = arguments.runs / f"{arguments.name}-{arm}-seed{seed}-lr{rate:g}"
     file, lock = folder / "result.json", folder / "lock"
+    settings = settings_of(arguments)
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text())
+        if known["settings"] != settings:
+            raise SystemExit(f"{file} was made with {known['settings']}, and asked for is {settings}; give another --runs or --name")
         return known
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -258,6 +266,7 @@ def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace, mad
             "seconds": round(time.monotonic() - started, 1),
             "selection": float(chosen.correct.double().mean()),
             "made_by": made_by,
+            "settings": settings,
             **facts,
             **judged,
         }
@@ -272,6 +281,7 @@ def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace, mad
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of one training, a condition each."""
     head = {name: record[name] for name in ("arm", "seed", "lr", "sample_passes", "seconds", "selection")}
+    head |= {"epochs": record["settings"]["epochs"], "images": record["settings"]["images"] or "all"}
     rows = []
     named = dict(record["rows"])
     if "permuted" in record:

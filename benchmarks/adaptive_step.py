@@ -59,8 +59,8 @@ def adaptive_step(model: nn.Module, mode: str, options: FinetuneOptions, device:
         temperature = 5.0 / (1 + 0.1 * count[0])
         draw = Draw.of((len(net.space.names), 128, len(CHOICES)), generator, temperature, 1.0).to(device)
         site = torch.randint(0, len(net.space.names), (128,), generator=generator).to(device)
-        task, spent, logp, other, gate = losses(x, y, draw, None, site)
-        objective = task.mean() + 0.1 * spent.mean()
+        task, spent, size, logp, other, gate = losses(x, y, draw, None, site)
+        objective = task.mean() + 0.1 * spent.mean() + 1e-3 * size.mean()
         if mode == "counterfactual":
             with torch.no_grad(), net.replaying():
                 changed = again(x, y, other)

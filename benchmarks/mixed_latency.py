@@ -5,8 +5,8 @@
 Networks: ``resnet18`` (224 pixels, latency only: no checkpoint), ``mobilenet_v2`` (224 pixels, 500 validation images), ``cifar_resnet20``
 (10,000 test images) and ``transformer`` (one block of width 768 at batch 1: one token and 128). A latency table is measured and fitted,
 budgets between the fastest and the bfloat16 engine are spent by exact allocation (what is least harmful by KL divergence becomes
-integers; without weights, what has fewest MACs), and all engines run in turns, single-threaded, batch 1. Ratios are over the bfloat16 engine,
-paired by round. Accuracy is of the exported engine itself, beside how often it answers as the float network does and, paired over
+integers; without weights, what has fewest MACs), and all engines run in turns, single-threaded, batch 1. Ratios are over the bfloat16
+engine, paired by round. Accuracy is of the exported engine itself, beside how often it answers as the float network does and, paired over
 images, how far it is from the INT8 engine. Adds rows to results/mixed-latency.csv.
 """
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import bitwright
 from bitwright import cli
-from bitwright.adaptive.bank import BankOptions, Router, _settle, build_bank, choose_members, save_bank, session_of, try_bank
+from bitwright.adaptive.bank import BankOptions, Router, _settle, build_bank, choose_members, criterion, save_bank, session_of, try_bank
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
 from bitwright.adaptive.session import _checksum
 from bitwright.data import Mix, MixedSplit, TensorSplit
@@ -19,6 +19,7 @@ from bitwright.errors import DataError, ExportError, RecipeError
 from bitwright.exporters import verify
 from bitwright.models import build
 from bitwright.policy import Bits
+from bitwright.report.adaptive import _bank_alarms
 from bitwright.sites import trace
 
 CHOICES = [Bits(1, 1), Bits(2, 2), Bits(4, 4)]
@@ -59,6 +60,29 @@ def test_members_explain_what_they_promise() -> None:
     assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in centres.tolist()}
     assert told == sorted(told)
     assert choose_members(index, terms, BankOptions(most=2, explained=0.99))[0] == 2
+
+
+def test_a_bank_says_where_it_falls_short() -> None:
+    assert criterion(BankOptions(explained=0.9), 0.95, 50).endswith("of 50 images' decisions")
+    assert criterion(BankOptions(explained=0.9, most=3), -0.1, 50).endswith("3 at most: these explain 0%")
+    artefact: dict[str, Any] = {"to": "bank", "bank": {"gain": -0.02, "gain_interval": [-0.03, -0.01]}}
+    (alarm,) = _bank_alarms(artefact)
+    assert "-2.00 points" in alarm
+    assert "export.options.explained" in alarm
+    artefact["bank"]["gain_interval"] = [-0.05, 0.0]
+    assert _bank_alarms(artefact) == []
+    assert _bank_alarms({"to": "onnx"}) == []
+
+
+def test_a_bank_without_its_checksum_is_refused(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bank"
+    shutil.copytree(saved[1], folder)
+    record = json.loads((folder / "bank.json").read_text())
+    del record["sha256"]
+    record["mean"] = [0.9]
+    (folder / "bank.json").write_text(json.dumps(record))
+    with pytest.raises(ExportError, match="sha256"):
+        bitwright.load(folder)
 
 
 def test_a_session_runs_the_right_member(saved: tuple[Any, Path], case: tuple[AdaptiveNet, MixedSplit]) -> None:

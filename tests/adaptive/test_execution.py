@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitwright.adaptive.execution import PRIOR, Pass, SwitchableNorm
+from bitwright.adaptive.execution import PRIOR, Decision, Pass, SwitchableNorm
 from bitwright.adaptive.grouped import grouped_convolution, grouped_linear
 from bitwright.adaptive.network import AdaptiveNet, Space, adapt
 from bitwright.adaptive.relaxations import Draw
@@ -101,6 +101,29 @@ def test_a_group_of_one_sample_or_none_normalises(count: int) -> None:
     assert torch.isfinite(y.grad).all()
     expected = y[0].detach() / (1 + PRIOR) if count else torch.zeros(3)
     assert torch.allclose(switchable.running_mean[1], 0.1 * expected * (2 / 8 if count else 0), atol=1e-6)
+
+
+def test_a_choice_that_is_tried_but_not_taken_is_judged_by_statistics_of_its_own() -> None:
+    torch.manual_seed(0)
+    shared = Pass(1, lambda site, x: Decision(torch.zeros(len(x), dtype=torch.int64)))
+    norm = SwitchableNorm(nn.BatchNorm2d(3), 2, 0, "layer", shared).train()
+    y, tried = torch.randn(64, 3, 8, 8), torch.arange(64) < 16
+    for _ in range(60):
+        shared.reset()
+        shared.decision(0, y)
+        norm(y)
+        usual = norm.running_mean[0].clone(), norm.last_mean[0, 0].clone()
+        shared.reset()
+        shared.replay = True
+        shared.decisions[0] = Decision(tried.long())
+        with torch.no_grad():
+            out = norm(torch.where(tried[:, None, None, None], 3 * y + 5, y))  # its outputs lie elsewhere than they once did
+        shared.replay = False
+        assert torch.equal(norm.running_mean[0], usual[0])  # the choice that is taken follows the pass itself alone
+    assert float(out[:16].mean()) == pytest.approx(0.0, abs=0.05)
+    assert float(out[:16].std()) == pytest.approx(1.0, abs=0.1)
+    expected = (y[16:] - usual[1].view(3, 1, 1)) / (norm.last_var[0, 0].view(3, 1, 1) + norm.eps).sqrt()
+    assert torch.allclose(out[16:], expected, atol=1e-5)
 
 
 def test_grouped_convolution_equals_one_by_one() -> None:

@@ -67,6 +67,20 @@ def test_what_was_evaluated_is_told_by_quality(finished: Path) -> None:
     assert promise["actor"]["share_of_macs"] <= 0.015
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("finetune.stop_at=gaussian_noise:3>=0.8", r"knows no stop_at; leave finetune\.stop_at out"),
+        ("finetune.mixup=0.2", r"knows no mixup; leave finetune\.mixup out"),
+        ("finetune.low_bit_decay=true", r"low_bit_decay goes by a layer's one width"),
+        ("adaptive.interpolate=0.5", r"interpolate mixes outputs with relaxation=gaussian and estimator=pathwise, not with"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_is_trained(change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("digits-dqmq", [change])
+
+
 def test_the_report_stands_alone(finished: Path) -> None:
     page = checked(render(finished))
     for text in (

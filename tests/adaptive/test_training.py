@@ -72,6 +72,14 @@ def test_reinforce_learns_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(net, case.held_out).met
 
 
+def test_reinforce_ends_at_decisions_as_they_are_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = AdaptiveOptions(estimator="reinforce", final=0.25)
+    assert [options.noise(share) for share in (0.05, 0.5, 0.74, 0.75, 1.0)] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    case = planted(monkeypatch)
+    _, history = trained(case, options, replace(TRAINING, epochs=8))
+    assert history.epochs[-1]["spent"] == pytest.approx(1.0, abs=0.05)  # the weights' last epochs are within the budget
+
+
 def test_the_price_meets_the_budget_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     case = planted(monkeypatch)
     net = case.net()

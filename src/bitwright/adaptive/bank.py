@@ -46,7 +46,7 @@ class BankOptions:
     """
 
     most: int = 8
-    explained: float = 0.8
+    explained: float = 0.9
     images: int = 4000
     hidden: int = 32
     epochs: int = 60
@@ -135,13 +135,23 @@ def build_bank(net: AdaptiveNet, data: Split, options: BankOptions, *, seed: int
     mean, std = normalisation(data)
     facts = {
         "members": count,
-        "criterion": f"the fewest that explain {options.explained:.0%} of the cost-weighted variance of {index.shape[1]} images' decisions",
+        "criterion": criterion(options, told[-1], index.shape[1]),
         "explained": told,
         "router_agreement": agreement,
         "router_macs": router.macs,
     }
     policies = tuple(net.space.policy(row.tolist()) for row in centres)
     return Bank(net, centres, policies, costs, router.eval(), facts, mean, std)
+
+
+def criterion(options: BankOptions, explained: float, images: int) -> str:
+    """Return in words by what the number of members was chosen, and where it falls short.
+
+    >>> criterion(BankOptions(most=2), 0.5, 100)
+    "the fewest that explain 90% of the cost-weighted variance of 100 images' decisions, 2 at most: these explain 50%"
+    """
+    wanted = f"the fewest that explain {options.explained:.0%} of the cost-weighted variance of {images} images' decisions"
+    return wanted if explained >= options.explained else f"{wanted}, {options.most} at most: these explain {max(0.0, explained):.0%}"
 
 
 def choose_members(index: Tensor, terms: Tensor, options: BankOptions, seed: int = 0) -> tuple[int, Tensor, list[float]]:

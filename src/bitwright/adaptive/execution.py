@@ -70,7 +70,8 @@ class Pass:
         normalised: how often the output of each layer was normalised in this pass.
         interpolate: outputs of the two widths are mixed, and both are trained.
         trust: a gate's gradient counts for no more than this: the linear estimate of a large step means little.
-        replay: a pass of the same batch again: normalisation in training takes the statistics of the pass before, and moves none.
+        replay: a pass of the same batch again: normalisation in training takes the statistics of the pass before, and moves none but
+            those of choices that were hardly taken.
         ledger: counts executions, where it is set.
     """
 
@@ -255,6 +256,7 @@ class SwitchableNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    last_size: Tensor
     last_mean: Tensor
     last_var: Tensor
     momentum: float | None
@@ -272,6 +274,7 @@ class SwitchableNorm(nn.Module):
         self.bias = nn.Parameter(bias.repeat(count, 1))
         self.register_buffer("running_mean", norm.running_mean.repeat(count, 1))
         self.register_buffer("running_var", norm.running_var.repeat(count, 1))
+        self.register_buffer("last_size", torch.zeros(calls, count, 1), persistent=False)
         self.register_buffer("last_mean", self.running_mean.repeat(calls, 1, 1), persistent=False)
         self.register_buffer("last_var", self.running_var.repeat(calls, 1, 1), persistent=False)
 
@@ -294,10 +297,34 @@ class SwitchableNorm(nn.Module):
             return self.running_mean, self.running_var
         call = self.shared.normalised.get(self.layer, 0)
         self.shared.normalised[self.layer] = call + 1
-        return (self.last_mean[call], self.last_var[call]) if self.shared.replay else self._batch(y, index, call)
+        size, mean, var = self._batch(y, index)
+        if self.shared.replay:
+            return self._replayed(call, size, mean, var)
+        share = (1 / (call + 1) if self.momentum is None else self.momentum) * (size * len(size) / len(y)).clamp_max(1.0)
+        self._move(share, mean, var)
+        with torch.no_grad():
+            self.last_size[call].copy_(size)
+            self.last_mean[call].copy_(mean.detach())
+            self.last_var[call].copy_(var.detach())
+        return mean, var
 
-    def _batch(self, y: Tensor, index: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of every choice ``[K, C]`` and move the running ones."""
+    def _replayed(self, call: int, size: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the pass before normalised by; choices that it hardly took are taken from this pass, and follow it.
+
+        Without that a choice that is tried but never taken would be judged by statistics that the weights have long left behind.
+        """
+        seldom = self.last_size[call] < PRIOR
+        self._move((0.1 if self.momentum is None else self.momentum) * (seldom & (size > 0)).to(mean.dtype), mean, var)
+        return torch.where(seldom, mean, self.last_mean[call]), torch.where(seldom, var, self.last_var[call])
+
+    def _move(self, share: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics by a share ``[K, 1]`` of the way."""
+        with torch.no_grad():
+            self.running_mean.copy_(self.running_mean + share * (mean.detach() - self.running_mean))
+            self.running_var.copy_(self.running_var + share * (var.detach() - self.running_var))
+
+    def _batch(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how many samples every choice has ``[K, 1]``, and its mean and variance ``[K, C]``."""
         count, axes = len(self.weight), tuple(range(2, y.dim()))
         places = math.prod(y.shape[2:])
         value = y.float()
@@ -309,14 +336,7 @@ class SwitchableNorm(nn.Module):
         mean0, var0 = self.running_mean, self.running_var
         mean = ((hot * first).sum(1) + PRIOR * places * mean0) / total
         square = ((hot * second).sum(1) + PRIOR * places * (var0 + mean0.square())) / total
-        var = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            share = (1 / (call + 1) if self.momentum is None else self.momentum) * (size * count / len(y)).clamp_max(1.0)
-            self.running_mean.copy_(mean0 + share * (mean.detach() - mean0))
-            self.running_var.copy_(var0 + share * (var.detach() - var0))
-            self.last_mean[call].copy_(mean.detach())
-            self.last_var[call].copy_(var.detach())
-        return mean, var
+        return size, mean, (square - mean.square()).clamp_min(0)
 
     def plain(self, choice: int) -> BatchNorm:
         """Return the BatchNorm of one choice."""

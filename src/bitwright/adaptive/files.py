@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bitwright import runs
 from bitwright.adaptive.actor import WIDTH
 from bitwright.adaptive.network import AdaptiveNet, Space, actor_for, adapt
-from bitwright.adaptive.training import AdaptiveOptions
+from bitwright.adaptive.training import UNUSED, AdaptiveOptions
 from bitwright.costs import BitOps
 from bitwright.errors import BudgetError, RecipeError, RunError
 from bitwright.policy import Bits
@@ -133,7 +133,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Check what an adaptive recipe says besides its own section; nothing of it is ignored silently."""
     from bitwright.adaptive.bank import BankOptions  # noqa: PLC0415  (it needs this module)
 
-    options_of(recipe)
+    _check_training(recipe)
     for key, default in SEARCHES.items():
         if getattr(recipe.search, key) != default:
             raise RecipeError(f"recipe: search.{key} looks for one static policy, and an adaptive recipe has none; leave it out")
@@ -142,8 +142,6 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(
                 f"recipe: section '{key}' belongs to static policies; leave it out, see benchmarks/adaptive.py for comparisons"
             )
-    if recipe.finetune is None:
-        raise RecipeError("recipe: an adaptive recipe trains its weights by the section 'finetune', which is missing; add it")
     for key, value in recipe.quantize.items():
         if (key, value) not in (("quantizer", "lsq"), ("correct", [])):
             raise RecipeError(f"recipe: quantize.{key} has no meaning in an adaptive recipe; leave it out")
@@ -152,3 +150,19 @@ def check_recipe(recipe: Recipe) -> None:
         if recipe.export.to != "bank":
             raise RecipeError(f"recipe: export.to is '{recipe.export.to}'; an adaptive network is exported as a bank: give export.to=bank")
         make_options(BankOptions, recipe.export.options, "export.options")
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Raise `RecipeError` where something is said of the training that it would not heed."""
+    options = options_of(recipe)
+    mixes = options.relaxation == "gaussian" and options.estimator == "pathwise"
+    if (recipe.adaptive or {}).get("interpolate") and not mixes:
+        asked = f"relaxation={options.relaxation} and estimator={options.estimator}"
+        raise RecipeError(f"recipe: adaptive.interpolate mixes outputs with relaxation=gaussian and estimator=pathwise, not with {asked}")
+    if recipe.finetune is None:
+        raise RecipeError("recipe: an adaptive recipe trains its weights by the section 'finetune', which is missing; add it")
+    for key in UNUSED:
+        if recipe.finetune.get(key):
+            raise RecipeError(f"recipe: an adaptive training knows no {key}; leave finetune.{key} out")
+    if recipe.finetune.get("low_bit_decay"):
+        raise RecipeError("recipe: finetune.low_bit_decay goes by a layer's one width, and an adaptive layer has several; leave it out")

@@ -72,11 +72,12 @@ class AdaptiveOptions:
         actor_lr: learning rate of the actor (Adam), along a cosine.
         warmup: share of training with widths drawn evenly, so that the weights learn to live with all of them.
         quiet: share of training after which the actor draws no more: between the warm-up and then its noise falls to none, so that the
-            weights learn from decisions as they will be deployed while their learning rate is still high.
+            weights learn from decisions as they will be deployed while their learning rate is still high. ``reinforce`` draws until
+            ``final``, and its actor learns no more from then on.
         final: share of training at the end with the lowest temperature and a fixed λ.
         hot: temperature of the relaxation at the start.
         cold: temperature at the end; it falls exponentially in between.
-        interpolate: share of training in which the ``gaussian`` relaxation mixes the outputs of two widths.
+        interpolate: share of training in which the ``gaussian`` relaxation mixes the outputs of two widths, with ``pathwise``.
         trust: in nats: the loss that a site is estimated to save for a sample counts for no more; the estimate is linear, so a large one
             is wrong.
         hold: weight of the mean square of the actor's scores, summed over sites: an actor that is too sure of a choice hears nothing of
@@ -144,8 +145,10 @@ class AdaptiveOptions:
         >>> [round(AdaptiveOptions().noise(share), 2) for share in (0.05, 0.3, 0.5, 0.9)]
         [1.0, 0.5, 0.0, 0.0]
         """
-        if self.estimator == "reinforce" or self.actor == "random" or share < self.warmup:
+        if self.actor == "random" or share < self.warmup:
             return 1.0
+        if self.estimator == "reinforce":  # it learns from draws alone, so it draws as long as it learns
+            return float(share < 1 - self.final)
         return max(0.0, (self.quiet - share) / max(1e-9, self.quiet - self.warmup))
 
 
@@ -269,7 +272,7 @@ class _Trainer:
         task, spent = losses.mean(), cost.mean()
         over = (cost - 1) / net.span  # in units of what decisions can change, whatever the pinned sites and the actor take
         objective = task if warm else task + progress.strength * over.mean()
-        if not warm and net.mode == "drawn" and self.actor_optimizer is not None:
+        if not warm and net.mode == "drawn" and self.actor_optimizer is not None and options.noise(share) > 0:
             objective = task + self._score_function(losses.detach() + progress.strength * over.detach(), logp)
         if not warm and net.mode == "probing":
             objective = objective + self._differences(x, y, losses.detach(), other, gate)
@@ -280,9 +283,10 @@ class _Trainer:
 
     def _prices_now(self) -> bool:
         """Return whether the actor's price is set in this step: now and then, once nothing is drawn any more."""
-        if self.options.estimator == "reinforce" or self.actor_optimizer is None or _one_policy(self.net):
+        if self.actor_optimizer is None or _one_policy(self.net):
             return False
-        since = self.progress.step - math.ceil(self.options.quiet * self.steps)
+        quiet = self.final_step if self.options.estimator == "reinforce" else math.ceil(self.options.quiet * self.steps)
+        since = self.progress.step - quiet
         return since >= 0 and since % max(1, round(self.steps * PRICED)) == 0
 
     def _mode(self) -> Mode:
@@ -369,7 +373,8 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.actor_optimizer is not None:
-            if not warm:
+            done = self.options.estimator == "reinforce" and self.progress.step >= self.final_step
+            if not warm and not done:
                 self.actor_optimizer.step()
             self.actor_optimizer.zero_grad(set_to_none=True)
 

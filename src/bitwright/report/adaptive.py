@@ -30,7 +30,17 @@ def adaptive_alarms(facts: Facts) -> list[str]:
             low, high = (100 * value for value in gain["gain_interval"])
             shown = f"{100 * gain['gain']:+.2f} points, 95 %: {low:+.2f} to {high:+.2f}"
             found.append(f"The decisions of other images serve as well as an image's own ({shown}): bits do not follow the input.")
-    return found
+    return [*found, *_bank_alarms(facts.artefact)]
+
+
+def _bank_alarms(artefact: Mapping[str, Any]) -> list[str]:
+    """Return whether a bank is surely less often right than the network that it stands for."""
+    if artefact.get("to") != "bank" or artefact["bank"]["gain_interval"][1] >= 0:
+        return []
+    low, high = (100 * value for value in artefact["bank"]["gain_interval"])
+    lost = f"{100 * artefact['bank']['gain']:+.2f} points, 95 %: {low:+.2f} to {high:+.2f}"
+    remedy = "Raise export.options.explained, or most, and export again."
+    return [f"The bank's members do not stand for all that the network decides ({lost}). {remedy}"]
 
 
 def adaptive(facts: Facts) -> str:

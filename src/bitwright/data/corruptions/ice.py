@@ -38,7 +38,7 @@ def ice(draws: Draws, size: Sequence[int], scale: Scale) -> Tensor:
     """Return ice in its colours, [N, 3, H, W] in 0 … 1, one of five kinds for each seed."""
     relief = _needles(draws, size) + 0.6 * _ground(draws, size, 60, 4)
     flat = relief.flatten(1).double()
-    mean, deviation = (value[:, None, None, None].to(relief.dtype) for value in (flat.mean(1), flat.std(1)))
+    mean, deviation = (value[:, None, None, None].to(relief.dtype) for value in (flat.mean(1), flat.std(1, correction=0)))
     kinds = torch.tensor(KINDS[scale], device=relief.device)[draws.integers(33, (), 0, len(KINDS[scale]))][:, :, None, None]
     return ((relief - mean) / deviation.clamp_min(1e-6) * kinds[:, 3:] + kinds[:, :3]).clamp_(0, 1)
 
