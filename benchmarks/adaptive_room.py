@@ -1,128 +1,190 @@
-"""How much could bits that follow quality gain at all? A network at each uniform width, and the best width for each quality.
+"""How much could bits that follow the input gain at all? One network that runs at every width, and the best width for each image.
 
-    python benchmarks/adaptive_room.py --data-root DATA --recipe fashion-resnet8-dqmq [--weights FILE] [--budgets W1A1 W2A2 W3A3 W4A4]
-        [--at W2A2 W3A3] [--epochs 6] [--seeds 0 1 2]
+    python benchmarks/adaptive_room.py --data-root DATA --weights RESNET20.th [--recipe cifar10-resnet20-dqmq-quick] [--name cifar10]
+        [--epochs 5] [--images 20000] [--seeds 0] [--set 'search.weights=[3]' finetune.compile=false]
 
-Trains the recipe's network on its mixed data at every uniform width (as the arm ``uniform`` of benchmarks/adaptive.py) and looks at each
-corruption and severity of the mix. Then, as if quality were known and a network of every width were at hand, it takes for each quality
-the width that gives the highest mean accuracy at no more than the mean cost of each of ``--at``: widths by a Lagrange multiplier. What
-that gains over this width for all images is the room for bits that follow corruption and severity and nothing else of an image. Half of
-the test images choose the widths and the other half says what they gain, and the halves change places. Writes
-results/adaptive-room-NAME.csv: a row per seed and quality with the accuracy at each width, and one a seed and cost with the gain.
+Trains the recipe's network on its mixed data with the widths of every sample and site drawn (the arm ``random`` of
+benchmarks/adaptive.py), so that it has learned to run at all of them, and passes held-out images of the mix through it with all sites at
+each choice. Then every image is given the choice of least loss, as far as something that is known of it foretells the loss, within the
+recipe's budget on the mean, by a Lagrange multiplier. What is known:
+
+- ``nothing``: the best one choice for all, which is what the others are compared with;
+- ``quality``: the true corruption and severity;
+- ``statistics``: what the actor reads of the image itself, its squares and products;
+- ``features after BLOCK``: mean and deviation of every channel there, in the narrowest pass: what a decision inside the network could see;
+- ``answer``: how sure the narrowest pass is in the end, as if that pass cost nothing: more than any decision made on the way can see;
+- ``cascade``: the same with the pass paid for, and the widest choice after it for the images it is least sure of;
+- ``label``: each image's own losses, its label and luck included: no decision can reach it.
+
+Losses are foretold by ridge regression. Half of the images teach it and the other half is judged, and the halves change places. Differences
+are paired over images, with normal 95 % intervals. Writes results/adaptive-room-NAME.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from record import environment, write
+from torch import Tensor
 
-from adaptive import job_of, options_of, threads
-from bitwright.costs import BitOps
-from bitwright.data.quality import TEST_SEED, Condition, Mix, MixedSplit
-from bitwright.evaluation import evaluate
-from bitwright.policy import Bits, Policy
-from bitwright.quant import quantize
-from bitwright.training import finetune
+import adaptive
+from adaptive import job_of, train_own
+from bitwright.adaptive.actor import deviation, image_statistics
+from bitwright.adaptive.network import AdaptiveNet
+from bitwright.data.quality import MixedSplit
+from bitwright.pipeline import threads
 
-PRICES = np.linspace(0, 1, 20001)
 Floats = NDArray[np.float64]
+BATCH = 250
+CLIP = 3.0
+"""Losses are foretold up to here: a few lost images would decide everything else."""
+BISECTIONS = 60
+Z = 1.96
 
 
-def qualities(mix: Mix) -> dict[str, float]:
-    """Return each quality of a mix with its share."""
-    kinds, levels = sum(mix.corruptions.values()), sum(mix.severities.values())
-    return {"clean": mix.clean} | {
-        f"{name}:{level}": (1 - mix.clean) * often / kinds * count / levels
-        for name, often in mix.corruptions.items()
-        for level, count in mix.severities.items()
-        if often * count > 0
-    }
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was seen of images: losses and correctness at each choice ``[N, K]``, and what may be known of them ``[N, features]``."""
+
+    losses: Floats
+    correct: Floats
+    quality: NDArray[np.int64]
+    known: dict[str, Floats]
+    sure: Floats
 
 
-def seen(budget: str, seed: int, arguments: argparse.Namespace) -> tuple[float, dict[str, Any], dict[str, float]]:
-    """Return the BitOps of a uniform width, which test images are right under each quality, and the shares of the qualities."""
-    job = job_of(seed, arguments)
-    width = Bits(*(int(part) for part in budget[1:].split("A")))
-    ends = [name for name, allowed in job.choices.items() if len(allowed) == 1]
-    policy = Policy((name, job.choices[name][0] if name in ends else width) for name in job.trace.names)
-    base = job.data.test
-    assert isinstance(base, MixedSplit)
-    shares = qualities(base.mix)
-    with threads(arguments.threads):
-        images = job.data.example(512)
-        model = quantize(job.network, policy, calibration=images, correct=("batchnorm",))
-        finetune(model, job.data.fit, options_of("uniform", job, arguments.rate, arguments.epochs), seed=seed)
-        few, correct = base.base.take(arguments.probe), {}
-        for name in shares:
-            kind, _, level = name.partition(":")
-            split = MixedSplit(few, Mix(clean=1.0), TEST_SEED) if not level else Condition(kind, int(level)).split(few, base.mix, TEST_SEED)
-            correct[name] = evaluate(model, split).correct
-    return float(BitOps().total(job.trace.sites, policy)), correct, shares
+def seen(net: AdaptiveNet, split: MixedSplit) -> Seen:
+    """Pass a split through the network at each choice, the narrowest last so that its features are the ones that stay."""
+    places = list(dict.fromkeys(name.rpartition(".")[0] for name in net.space.names))
+    modules, features = dict(net.network.named_modules()), dict.fromkeys(places, torch.zeros(0))
+
+    def keep(place: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            value = output.float()
+            features[place] = torch.cat([value.mean((2, 3)), deviation(value, (2, 3))], 1)
+
+        return hook
+
+    handles = [modules[place].register_forward_hook(keep(place)) for place in places]
+    parts: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for start in range(0, len(split), BATCH):
+            x, y, quality = split.labelled(torch.arange(start, min(start + BATCH, len(split))))
+            rows: dict[str, list[Tensor]] = {"losses": [], "correct": []}
+            chance = torch.zeros(0)
+            for choice in reversed(range(len(net.space.choices))):
+                logits = net(x, forced=net.forced_to(choice, len(x))).float()
+                rows["losses"].insert(0, F.cross_entropy(logits, y, reduction="none"))
+                rows["correct"].insert(0, (logits.argmax(1) == y).float())
+                chance = logits.softmax(1).sort(1, descending=True).values
+            entropy = -(chance * chance.clamp_min(1e-9).log()).sum(1)
+            one = {name: torch.stack(values, 1) for name, values in rows.items()}
+            one |= {"quality": quality.corruption * 10 + quality.severity, "statistics": image_statistics(x)}
+            one |= {f"features after {place}": value for place, value in features.items()}
+            one["answer"] = torch.stack([chance[:, 0], chance[:, 0] - chance[:, 1], entropy], 1)
+            for name, value in one.items():
+                parts.setdefault(name, []).append(value)
+    for handle in handles:
+        handle.remove()
+    whole = {name: torch.cat(values).double().numpy() for name, values in parts.items()}
+    losses, correct, quality = (whole.pop(name) for name in ("losses", "correct", "quality"))
+    return Seen(losses, correct, quality.astype(np.int64), whole, whole["answer"][:, 0])
 
 
-def best(accuracy: Floats, costs: Floats, shares: Floats, limit: float) -> NDArray[np.int64]:
-    """Return the width ``[Q]`` of each quality, for accuracies ``[Q, B]`` and costs ``[B]``, within a mean cost."""
-    found, top = None, -1.0
-    for price in PRICES:
-        chosen = (accuracy - price * costs / limit).argmax(1)
-        mean = float(shares @ costs[chosen])
-        value = float(shares @ accuracy[np.arange(len(chosen)), chosen])
-        if mean <= limit * (1 + 1e-9) and value > top:
-            found, top = chosen, value
-    assert found is not None
-    return found
+def foretold(features: Floats, losses: Floats, *, products: bool) -> Floats:
+    """Return each image's losses as the other half's images foretell them."""
+    x = (features - features.mean(0)) / (features.std(0) + 1e-6)
+    if products:
+        x = np.concatenate([x, *(x[:, [i]] * x[:, i:] for i in range(x.shape[1]))], 1)
+    x = np.concatenate([np.ones((len(x), 1)), x], 1)
+    result, even = np.zeros_like(losses), np.arange(len(x)) % 2 == 0
+    for half in (even, ~even):
+        rest = x[~half]
+        weights = np.linalg.solve(rest.T @ rest + x.shape[1] * np.eye(x.shape[1]), rest.T @ losses[~half].clip(0, CLIP))
+        result[half] = x[half] @ weights
+    return result
 
 
-def gain(correct: Mapping[str, list[torch.Tensor]], costs: Floats, shares: Mapping[str, float], at: int) -> float:
-    """Return the gain in points of the widths chosen on one half of the images, on the other."""
-    right = np.stack([np.stack([one.numpy() for one in each]) for each in correct.values()]).astype(float)  # [Q, B, N]
-    weights, places, gains = np.array(list(shares.values())), np.arange(len(right)), []
-    for part in (0, 1):
-        chosen = best(right[:, :, part::2].mean(2), costs, weights, costs[at])
-        judged = right[:, :, 1 - part :: 2].mean(2)
-        gains.append(float(weights @ (judged[places, chosen] - judged[:, at])))
-    return 100 * float(np.mean(gains))
+def by_quality(quality: NDArray[np.int64], losses: Floats) -> Floats:
+    """Return for each image the mean losses of the other half's images of its quality."""
+    result, even = np.zeros_like(losses), np.arange(len(losses)) % 2 == 0
+    for kind in np.unique(quality):
+        for half in (even, ~even):
+            result[(quality == kind) & half] = losses[(quality == kind) & ~half].mean(0)
+    return result
+
+
+def within(losses: Floats, costs: Floats) -> NDArray[np.int64]:
+    """Return the choice of each image that foretells the least loss, at the price at which the mean cost is the budget, or just less."""
+    low, high = 0.0, 100.0
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        low, high = (price, high) if costs[(losses + price * costs).argmin(1)].mean() > 1 else (low, price)
+    chosen: NDArray[np.int64] = (losses + high * costs).argmin(1)
+    return chosen
+
+
+def rows_of(found: Seen, costs: Floats) -> list[dict[str, Any]]:
+    """Return accuracy, mean cost and gain of every kind of knowledge."""
+    count = np.arange(len(found.losses))
+    fits = [k for k in range(len(costs)) if costs[k] <= 1 + 1e-9]
+    base = max(fits, key=lambda k: float(found.correct[:, k].mean()))
+    chosen = {"nothing": np.full(len(count), base), "quality": within(by_quality(found.quality, found.losses), costs)}
+    for name, features in found.known.items():
+        chosen[name] = within(foretold(features, found.losses, products=features.shape[1] < 20), costs)
+    chosen["label"] = within(found.losses, costs)
+    paid = {name: costs[own] for name, own in chosen.items()}
+    again = min(len(count), int((1 - costs[0]) / costs[-1] * len(count)))
+    chosen["cascade"] = np.zeros(len(count), dtype=np.int64)
+    chosen["cascade"][found.sure.argsort()[:again]] = len(costs) - 1
+    paid["cascade"] = costs[0] + np.where(chosen["cascade"] > 0, costs[-1], 0.0)
+    rows = []
+    for name, own in chosen.items():
+        right = found.correct[count, own]
+        gain = 100 * (right - found.correct[:, base])
+        half = Z * float(gain.std()) / len(count) ** 0.5
+        figures = {"n": len(count), "top1": float(right.mean()), "share": float(paid[name].mean()), "gain_points": float(gain.mean())}
+        rows.append({"known": name, **figures, "low": figures["gain_points"] - half, "high": figures["gain_points"] + half})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
-    """Train, look, and write the rows."""
+    """Train, look and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="fashion-resnet8-dqmq")
-    parser.add_argument("--name", default="fashion", help="of the result file")
+    parser.add_argument("--recipe", default="cifar10-resnet20-dqmq-quick")
+    parser.add_argument("--name", default="cifar10", help="of the result file")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--weights", type=Path, help="the trained float network; by default the recipe trains one")
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptive-room"))
-    parser.add_argument("--budgets", nargs="+", default=["W1A1", "W2A2", "W3A3", "W4A4"])
-    parser.add_argument("--at", nargs="+", default=["W2A2", "W3A3"], help="the widths whose cost is to be kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rate", type=float, default=0.04)
-    parser.add_argument("--epochs", type=float, default=6.0)
-    parser.add_argument("--probe", type=int, default=2000, help="test images of each corruption and severity")
+    parser.add_argument("--epochs", type=float, default=5.0, help="of a static arm's sample-passes")
+    parser.add_argument("--images", type=int, default=20000, help="training images; 0 takes all")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the recipe")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    if not set(arguments.at) <= set(arguments.budgets):
-        parser.error(f"--at {' '.join(arguments.at)}: each must be among --budgets {' '.join(arguments.budgets)}")
+    adaptive.LIMIT = arguments.images
     made_by, rows = environment(), []
     for seed in arguments.seeds:
-        found = {budget: seen(budget, seed, arguments) for budget in arguments.budgets}
-        costs = np.array([found[budget][0] for budget in arguments.budgets])
-        shares = found[arguments.at[0]][2]
-        correct = {quality: [found[budget][1][quality] for budget in arguments.budgets] for quality in shares}
-        for quality, share in shares.items():
-            top1 = {f"top1_{b}": float(one.double().mean()) for b, one in zip(arguments.budgets, correct[quality], strict=True)}
-            rows.append({"seed": seed, "quality": quality, "share": share, "n": arguments.probe, **top1, **made_by})
-        for at in arguments.at:
-            points = gain(correct, costs, shares, arguments.budgets.index(at))
-            rows.append({"seed": seed, "quality": "gain in points", "at": at, "n": arguments.probe, "gain": points, **made_by})
-            print(f"seed {seed}: the best width for each quality gains {points:+.2f} points at the cost of {at}", flush=True)
+        job = job_of(seed, arguments)
+        with threads(arguments.threads):
+            net, _ = train_own("random", job, arguments.rate, arguments.epochs, arguments.runs / f"{arguments.name}-random-seed{seed}")
+            assert isinstance(job.data.selection, MixedSplit)
+            found = seen(net.eval(), job.data.selection)
+        costs = np.array([float(net.shares[:, k].double().sum()) + net.base for k in range(len(net.space.choices))])
+        choices = {"choices": " ".join(str(bits) for bits in net.space.choices), "costs": " ".join(f"{cost:.3f}" for cost in costs)}
+        alone = {"top1_each": " ".join(f"{value:.4f}" for value in found.correct.mean(0))}
+        settings = {"epochs": arguments.epochs, "images": arguments.images or len(job.data.fit), "lr": arguments.rate}
+        rows += [{"seed": seed, **row, **choices, **alone, **settings, **made_by} for row in rows_of(found, costs)]
     print(write(f"adaptive-room-{arguments.name}", rows))
 
 

@@ -4,7 +4,8 @@
     python benchmarks/transfer.py --data-root DATA --model cifar_resnet56 --weights RESNET56.th --finetune 1
     python benchmarks/transfer.py --data-root DATA --target cifar100 --budget 'weight_bits<=W3A32' --finetune 1
         --weights runs/cifar100-resnet20-seam/float.safetensors
-    python benchmarks/transfer.py --data-root DATA --target imagenette224 --model folded --weights MOBILENET_V2.npz --finetune 5
+    python benchmarks/transfer.py --data-root DATA --target imagenette224 --model folded --weights MOBILENET_V2.npz --finetune 2
+        --budget 'weight_bits<=W5A32'
 
 Every proxy arm searches with the same method and steps. For CIFAR-10 proxies have 2,000 images (4 % of its 50,000): good ones
 (CIFAR-10 itself, CIFAR-100, Fashion-MNIST), the same without the margin term, and bad ones (noise, constant, labels shuffled, one
@@ -13,14 +14,15 @@ network comes from `bitwright run cifar100-resnet20-seam`. For the 224-pixel sub
 transfer across size and stem, not of scale. Beside them: the same search on the target with as many steps ("target") and with one
 pass over all of it ("target epoch"), uniform, and 20 random policies within the same budget. Measured on the target: the loss before
 any training, and with --finetune the test accuracy after so many epochs on the labels, the same for every policy, with its paired
-difference to "target epoch" (or "target"). A sample-pass is one image forward; backward counts two more. Seconds are processor time.
-Row files in --runs let several processes share the work. Writes results/transfer.csv, or with --finetune
-results/transfer-TARGET-MODEL.csv.
+difference to "target epoch" (or "target"), with several seeds also of all together. A sample-pass is one image forward; backward counts
+two more. Seconds are processor time. Row files in --runs let several processes share the work. Rows of other arms and seeds stay in the
+file. Writes results/transfer.csv, or with --finetune results/transfer-TARGET-MODEL.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import time
 from collections.abc import Callable
@@ -31,13 +33,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from folded import FoldedNetwork
-from record import environment, write
+from record import RESULTS, environment, write
 from torch import Tensor
 
 from bitwright import evaluate, finetune, load_data, parse_budget, quantize, runs, search, trace
 from bitwright.certificate import certify
 from bitwright.data import Data, TensorSplit
-from bitwright.evaluation import Evaluation, paired_difference
+from bitwright.evaluation import Evaluation, over_seeds, paired_difference
 from bitwright.methods.random import Random
 from bitwright.methods.seam import SEAM
 from bitwright.models import build, load_weights
@@ -196,6 +198,36 @@ class Bench:
         return own
 
 
+def over(benches: list[Bench], arms: list[str]) -> list[dict[str, Any]]:
+    """Return what each arm's accuracy differs by over several seeds, by the pigeonhole bootstrap over seeds and test images."""
+    results = {arm: [bench.result(bench.measure(arm)) for bench in benches] for arm in arms}
+    whole = next((arm for arm in ("target epoch", "target") if arm in arms), None)
+    if whole is None:
+        return []
+    rows = []
+    for arm in arms:
+        own, other = ([result.correct for result in results[name]] for name in (arm, whole))
+        estimate = over_seeds(own, other)
+        low, high = estimate.interval() if arm != whole else (0.0, 0.0)
+        first = benches[0]
+        seeds = " ".join(str(bench.seed) for bench in benches)
+        row = {"target": first.arguments.target, "arm": arm, "seed": f"mean of {seeds}", "budget": first.arguments.budget}
+        row |= {"steps": first.arguments.steps, "finetune_epochs": first.arguments.finetune, "n": estimate.n}
+        row |= {"top1": over_seeds(own).mean, "compared_with": whole}
+        rows.append({**row, "difference": estimate.mean, "difference_low": low, "difference_high": high})
+    return rows
+
+
+def with_others(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows and, from the file that is there, those of other arms and seeds."""
+    file, new = RESULTS / f"{name}.csv", {(row["arm"], str(row["seed"])) for row in rows}
+    if not file.is_file():
+        return rows
+    with file.open(newline="") as opened:
+        old: list[dict[str, Any]] = [row for row in csv.DictReader(opened) if (row["arm"], row.get("seed", "")) not in new]
+    return sorted(old + rows, key=lambda row: str(row["seed"]))
+
+
 def network_of(arguments: argparse.Namespace, classes: int) -> torch.nn.Module:
     """Return the trained float network."""
     if arguments.model == "folded":
@@ -244,13 +276,17 @@ def main() -> None:
     proxies = [*(good if arguments.finetune else target.proxies), *(f"{name} without margin" for name in good)]
     whole = ["target", *(["target epoch"] if arguments.finetune else [])]
     arms = arguments.arms or [*whole, *proxies, "uniform", *(f"random {k}" for k in range(1, RANDOM + 1))]
-    made_by, rows = environment(), []
+    made_by, found, benches = environment(), [], []
     for seed in arguments.seeds:
-        own = prepared(arguments, seed).rows(arms)
-        rows += [{**row, "model": arguments.model, "threads": 1, **made_by} for row in own]
+        benches.append(prepared(arguments, seed))
+        found += benches[-1].rows(arms)
+    if arguments.finetune and len(benches) > 1:
+        found += over(benches, arms)
+    rows = [{**row, "model": arguments.model, "threads": 1, **made_by} for row in found]
     if not arguments.no_write:
-        columns = dict.fromkeys(key for row in rows for key in row)
         name = f"transfer-{arguments.target}-{arguments.model}" if arguments.finetune else "transfer"
+        rows = with_others(name, rows)
+        columns = dict.fromkeys(key for row in rows for key in row)
         print(write(name, [{key: row.get(key, "") for key in columns} for row in rows]))
 
 
