@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from bitwright import cli
 from bitwright.claims import claim
@@ -28,6 +30,7 @@ from bitwright.job import Job
 from bitwright.measure import trained
 from bitwright.methods import get_method, limpq
 from bitwright.methods.fisher import Fisher
+from bitwright.models import build
 from bitwright.plan import Plan
 from bitwright.problem import Problem
 from bitwright.recipe import load_recipe
@@ -209,6 +212,18 @@ def test_a_scoring_method_that_trains_goes_on_where_it_was_killed(tmp_path: Path
         compare(recipe, tmp_path / "c")
     compare(recipe, tmp_path / "c")
     assert steps == [0, 1, 2, 2, 3]  # the third was killed
+
+
+def test_another_teacher_under_the_same_path_is_another_training(tmp_path: Path) -> None:
+    teacher, recipe = tmp_path / "teacher.safetensors", recipe_of(methods=["uniform"], seeds=[0], options={}, long=None)
+    recipe["teacher"] = {"name": "digits_cnn", "weights": str(teacher)}
+    tops = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(dict(build("digits_cnn").state_dict()), teacher)
+        compare(recipe, tmp_path / "run")
+        tops.append(len(list((tmp_path / "run" / "trainings").iterdir())))
+    assert tops == [1, 2]
 
 
 def test_work_of_another_process_is_waited_for(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -284,10 +284,17 @@ class Comparison:
         """Return the row of a policy after a stage's fine-tuning, from whichever method asked for it first."""
         options = None if entry.stage.options is None else asdict(entry.stage.options)
         decisive = options and {name: value for name, value in options.items() if name != "checkpoint_seconds"}
-        key = _hash({"policy": policy.to_json(), "finetune": decisive, "seed": entry.seed})
+        key = _hash({"policy": policy.to_json(), "finetune": decisive, "seed": entry.seed, **self._teacher()})
         folder = self.run.inside("trainings", key)
         row = self._once(folder, lambda: self._train(entry, policy, folder), TRAINED)
         return row if row is None else {**row, "key": key, "correct": correct_of(folder, row)}
+
+    def _teacher(self) -> dict[str, str]:
+        """Return what a teacher's file holds, if there is one: what another file taught is another training."""
+        section = self.recipe.teacher
+        if section is None or section.name == "float" or section.weights is None:
+            return {}
+        return {"teacher": hashlib.sha256(Path(section.weights).read_bytes()).hexdigest()}
 
     def _train(self, entry: Entry, policy: Policy, folder: Path) -> dict[str, Any]:
         job, options = self.job(entry.seed), entry.stage.options
