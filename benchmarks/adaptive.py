@@ -65,9 +65,12 @@ ONE_POLICY = (*STATIC, "static")
 """Arms of one policy for all inputs: the best of them is what adaptive bits are compared with."""
 
 
-def passes(arm: str) -> int:
-    """Return the sample-passes of one image's training step."""
-    return 3 if arm in STATIC or arm in DRAWN else 4
+def passes(arm: str, job: Job) -> float:
+    """Return the sample-passes of one image's training step, on the mean of the training: nothing is tried again in the warm-up."""
+    if arm in STATIC or arm in DRAWN:
+        return 3.0
+    options = dataclasses.replace(files.options_of(job.recipe), **ADAPTIVE[arm])
+    return 4.0 - (options.warmup if options.estimator == "counterfactual" else 0.0)
 
 
 def options_of(arm: str, job: Job, rate: float, epochs: float) -> FinetuneOptions:
@@ -75,7 +78,7 @@ def options_of(arm: str, job: Job, rate: float, epochs: float) -> FinetuneOption
     base = make_options(FinetuneOptions, job.recipe.finetune or {}, "finetune")
     spent = SEARCH_EPOCHS if arm == "sdq" else 0.0
     images = LIMIT or len(job.data.fit)
-    steps = round((epochs - spent) * (images // base.batch_size) * 3 / passes(arm))
+    steps = round((epochs - spent) * (images // base.batch_size) * 3 / passes(arm, job))
     return dataclasses.replace(base, lr=rate, max_steps=max(1, steps), epochs=max(1, round(epochs)))
 
 
@@ -262,7 +265,7 @@ def measure(arm: str, seed: int, rate: float, arguments: argparse.Namespace, mad
             "arm": arm,
             "seed": seed,
             "lr": rate,
-            "sample_passes": options.max_steps * options.batch_size * passes(arm) + extra,
+            "sample_passes": round(options.max_steps * options.batch_size * passes(arm, job)) + extra,
             "seconds": round(time.monotonic() - started, 1),
             "selection": float(chosen.correct.double().mean()),
             "made_by": made_by,
