@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright import latency, runs
+from bitwright import latency, runs, settled
 from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
 from bitwright.costs import BitOps, Budget, Cost, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data, mixed
@@ -274,13 +274,10 @@ class Job:
         """Return a problem of this recipe as its search sees it: on a copy of the proxy, where there is one."""
         return problem if self.proxy is None else problem.on(copy.deepcopy(self.proxy.model), self.proxy.data)
 
-    @cached_property
+    @property
     def policy(self) -> Policy:
-        """The policy that the search found."""
-        file = self.run.path / "policy.json"
-        if not file.is_file():
-            raise RunError(f"{file}: not there yet; run `bitwright search {self.run.path}` first")
-        return Policy.from_json(file.read_text("utf-8"))
+        """The policy that the search found; read anew each time, because a search may replace it."""
+        return settled.read_policy(self.run)
 
     @property
     def float_policy(self) -> Policy:
@@ -317,8 +314,16 @@ class Job:
 
     @cached_property
     def quantized(self) -> nn.Module:
-        """The fine-tuned network."""
-        return self._restored(self.quantize(self.policy), "model.safetensors")
+        """The fine-tuned network; raises `RunError` if it was fine-tuned at another policy than the run's."""
+        policy, file = self.policy, self.run.path / "model.safetensors"
+        if runs.mark_of(file, settled.MARK) not in (None, policy.digest):
+            found = f"was fine-tuned at another policy than that of {self.run.path / settled.FILE}"
+            raise RunError(f"{file}: {found}; type `bitwright finetune {self.run.path} --again`")
+        return self._restored(self.quantize(policy), file.name)
+
+    def forget_quantized(self) -> None:
+        """Let `quantized` be read anew: it was fine-tuned once more."""
+        self.__dict__.pop("quantized", None)
 
     def _restored(self, model: nn.Module, name: str) -> nn.Module:
         """Load the weights that a stage of this run wrote."""
