@@ -140,7 +140,15 @@ class Job:
         section = self.recipe.search
         pins = {"pin_first": section.pin_first, "pin_last": section.pin_last}
         choices = build_choices(self.trace, section.weights, section.activations, **pins)
-        return choices if self.target is None else self.target.restrict(self.trace, choices)
+        if self.target is None:
+            return choices
+        kept = self.target.restrict(self.trace, choices)
+        moved = [name for name, asked in choices.items() if not set(kept[name]) <= set(asked)]
+        if moved:
+            listed = "; ".join(f"'{name}' from {_spelled(choices[name])} to {_spelled(kept[name])}" for name in moved)
+            found = f"target {self.target.name} changes the widths that the recipe gives some sites, such as its pins"
+            self.log("search", {"status": f"! {found}: {listed}"})
+        return kept
 
     @cached_property
     def target(self) -> Target | None:
@@ -367,6 +375,10 @@ def _forget_unbegun(path: Path) -> None:
     if (path / "manifest.json").is_file() and {item.name for item in path.iterdir()} <= files:
         for name in files:
             (path / name).unlink(missing_ok=True)
+
+
+def _spelled(allowed: Sequence[Bits]) -> str:
+    return ", ".join(map(repr, allowed[:4])) + (", …" if len(allowed) > 4 else "")
 
 
 def on_device(split: Split, device: torch.device) -> Split:
