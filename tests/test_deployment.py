@@ -29,6 +29,11 @@ def said(capsys, *argv, code=0):
     return json.loads(out.out.strip().splitlines()[-1]) if code == 0 and "--json" in argv else out.err or out.out
 
 
+def capsys_out(capsys, *argv):
+    assert cli.main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
 def test_targets_are_listed_and_one_can_be_asked_for(capsys):
     found = said(capsys, "targets", "--json")["targets"]
     assert {"onnxruntime-x86", "openvino-x86", "bitfusion"} <= set(found)
@@ -117,6 +122,27 @@ def test_verify_prints_a_table_and_refuses_a_damaged_file_with_exit_code_2(deplo
     assert "keeps its policy of 6 sites; run on 2 samples" in said(capsys, "verify", str(file))
     (tmp_path / "cut.onnx").write_bytes(file.read_bytes()[:-100])
     assert said(capsys, "verify", str(tmp_path / "cut.onnx"), code=2).startswith("bitwright: ")
+
+
+def test_verify_of_a_folder_names_the_files_in_it_that_may_be_meant(deployed_run, capsys, tmp_path):
+    for folder in (deployed_run, deployed_run / "export"):
+        wanted = f"{folder}: a folder; give the file: {deployed_run / 'export' / 'model.onnx'}"
+        assert wanted in said(capsys, "verify", str(folder), code=2)
+    assert f"{tmp_path}: a folder; give the file that `bitwright export` wrote" in said(capsys, "verify", str(tmp_path), code=2)
+
+
+def test_a_run_names_the_file_that_it_exported_whatever_its_format(deployed_run, capsys):
+    assert f"export: {deployed_run / 'export' / 'model.onnx'}" in capsys_out(capsys, "run", str(deployed_run))
+
+
+@pytest.mark.parametrize(("pin", "line"), [([8, 4], "'conv1' from W8A4 to W8A8; 'fc' from W8A4 to W8A8"), ([8, 8], None)])
+def test_pins_that_a_target_moves_are_said_in_the_log(tiny, tmp_path, pin, line):
+    told = []
+    changes = ["target=size-only", "search.activations=[32]", f"search.pin_first={pin}", f"search.pin_last={pin}"]
+    job = Job.open(load_recipe(tiny, changes), tmp_path / "run", log=lambda stage, row: told.append(f"{stage}: {text_of(row)}"))
+    assert job.choices["conv1"] == (Bits(8, 8),)
+    said_of = f"search: ! target size-only changes the widths that the recipe gives some sites, such as its pins: {line}"
+    assert told == ([] if line is None else [said_of])
 
 
 def test_a_packed_file_that_cannot_say_what_a_target_asks_is_refused_before_anything_is_trained(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from bitwright.allocation import repair
 from bitwright.costs import parse_budget
 from bitwright.driver import search
 from bitwright.errors import BudgetError, TargetError
-from bitwright.latency import Table, Timing, count_borders, fingerprint, fit, measure_table, named, random_policy, uniform_policies
+from bitwright.latency import Table, Timing, count_borders, fingerprint, fit, measure_table, named, random_policy, spreads, uniform_policies
 from bitwright.policy import Bits, Policy
 from bitwright.problem import Problem, build_choices
 from bitwright.relaxation import Decisions
@@ -185,7 +186,8 @@ def test_a_table_is_kept_with_units_runs_spread_and_machine(tmp_path):
     [
         (None, "no table in .*measure one: bitwright profile --target NAME --measure"),
         ("nonsense", "is no latency table"),
-        ('{"format": "x", "unit": "ns"}', "its format is 'x'"),
+        ('{"format": "x", "unit": "ns"}', "its format is 'x', expected 'bitwright-latency-1'; measure again"),
+        ('{"format": "bitwright-latency-1", "unit": "us"}', "its unit is 'us', expected 'ns'; measure again"),
         ('{"format": "bitwright-latency-1", "unit": "ns"}', "is no latency table"),
     ],
 )
@@ -194,6 +196,70 @@ def test_a_missing_or_damaged_table_says_what_to_do(tmp_path, content, message):
         (tmp_path / "t.json").write_text(content)
     with pytest.raises(BudgetError, match=message):
         Table.load(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("base",), float("inf"), "base is inf, expected a whole number from 0"),
+        (("base",), float("nan"), "base is nan, expected a whole number"),
+        (("base",), 1.9, "base is 1.9, expected a whole number"),
+        (("base",), -5, "base is -5, expected a whole number from 0"),
+        (("border",), -5000, "border is -5000, expected a whole number from 0"),
+        (("terms", "2", "int8"), -1, "the term of '2' as int8 is -1, expected a whole number from 0"),
+        (("terms", "2", "int8"), None, "it has no term of '2' as int8, which its classes name"),
+        (("terms", "2"), None, "'2' is in its terms or its classes, and not in both"),
+        (("terms", "zzz"), {"int8": 1}, "'zzz' is in its terms or its classes, and not in both"),
+        (("macs", "2"), None, "'2' is in its macs or its classes, and not in both"),
+        (("machine",), {}, "names no machine by processor, features, runtime"),
+        (("judged", 0, "typical"), 0, "'typical' of a network is 0, expected a whole number from 1"),
+        (("judged", 0, "policy", "2"), [2, 2], "has other sites or widths than its classes"),
+        (("fitted", 0, "policy", "2"), [float("inf"), 8], "OverflowError"),
+    ],
+)
+def test_a_table_that_says_what_cannot_be_is_refused(tmp_path, place, value, message):
+    data = json.loads(json.dumps(table(0, 1).to_dict()))
+    *path, last = place
+    part = data
+    for key in path:
+        part = part[key]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    (tmp_path / "t.json").write_text(json.dumps(data))
+    with pytest.raises(BudgetError, match=re.escape(message)) as refused:
+        Table.load(tmp_path / "t.json")
+    assert str(refused.value).endswith("; measure again")
+
+
+def test_every_term_has_a_standard_error_and_a_count_and_old_tables_are_read_without(tmp_path):
+    made = table()
+    made.save(tmp_path / "t.json")
+    data = json.loads((tmp_path / "t.json").read_text())
+    spread = data.pop("spread")
+    assert {name: set(known) for name, known in spread["terms"].items()} == {name: set(known) for name, known in made.terms.items()}
+    counts = spread["terms"]["2"]
+    assert spread["base"]["n"] == counts["int8"]["n"] + counts["bf16"]["n"] == len(made.fitted) == 26
+    assert 0 < spread["border"]["n"] < 26
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    assert Table.load(tmp_path / "old.json") == made
+    assert dataclasses.replace(made, fitted=()).spread() == {}
+
+
+def test_standard_errors_say_how_far_terms_are_from_the_truth():
+    rng, gaps = np.random.default_rng(1), []
+    policies = [*uniform_policies(CLASSES), *(random_policy(CLASSES, rng) for _ in range(24))]
+    for _ in range(60):
+        timings = [timing(policy, noise=0.02, rng=rng) for policy in policies]
+        base, border, terms = fit(TRACE.sites, CLASSES, timings)
+        spread = spreads(MACS, CLASSES, timings)
+        row = [(base - 5000) / spread["base"]["standard_error"], (border - 4000) / spread["border"]["standard_error"]]
+        row += [(terms[s][kind] - TRUE[s][kind]) / entry["standard_error"] for s in TRUE for kind, entry in spread["terms"][s].items()]
+        gaps.append(row)
+    far = np.sqrt(np.square(gaps).mean(axis=0))
+    assert (far < 2).all(), far
+    assert 0.7 < far[1] < 1.5, far  # the border, which nothing but timings says
 
 
 def test_sites_and_widths_that_a_table_does_not_know_are_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,11 +160,11 @@ def _kept(table: LatencyTable, file: Path, judged: int) -> dict[str, Any]:
 def describe_errors(errors: list[float]) -> str:
     """Return how well networks are predicted, for people.
 
-    >>> describe_errors([0.01, 0.02, 0.2])
-    'predictions of 3 others are off by 2 % in the median, 20 % at worst'
+    >>> describe_errors([0.01, 0.02, 0.03, 0.2])
+    'predictions of 4 others are off by 2.5 % in the median, 20 % at worst'
     """
-    middle = sorted(errors)[len(errors) // 2]
-    return f"predictions of {len(errors)} others are off by {100 * middle:.2g} % in the median, {100 * max(errors):.2g} % at worst"
+    middle, worst = 100 * statistics.median(errors), 100 * max(errors)
+    return f"predictions of {len(errors)} others are off by {middle:.3g} % in the median, {worst:.3g} % at worst"
 
 
 def measured_latency(job: Job) -> dict[str, Any]:

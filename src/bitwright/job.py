@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright import latency, runs
+from bitwright import latency, runs, settled
 from bitwright.bitfusion import BitFusionCycles, BitFusionEnergy
 from bitwright.costs import BitOps, Budget, Cost, Size, WeightBits, parse_budget
 from bitwright.data import Data, Split, TensorSplit, check_model, load_data, mixed
@@ -140,7 +140,15 @@ class Job:
         section = self.recipe.search
         pins = {"pin_first": section.pin_first, "pin_last": section.pin_last}
         choices = build_choices(self.trace, section.weights, section.activations, **pins)
-        return choices if self.target is None else self.target.restrict(self.trace, choices)
+        if self.target is None:
+            return choices
+        kept = self.target.restrict(self.trace, choices)
+        moved = [name for name, asked in choices.items() if not set(kept[name]) <= set(asked)]
+        if moved:
+            listed = "; ".join(f"'{name}' from {_spelled(choices[name])} to {_spelled(kept[name])}" for name in moved)
+            found = f"target {self.target.name} changes the widths that the recipe gives some sites, such as its pins"
+            self.log("search", {"status": f"! {found}: {listed}"})
+        return kept
 
     @cached_property
     def target(self) -> Target | None:
@@ -274,13 +282,10 @@ class Job:
         """Return a problem of this recipe as its search sees it: on a copy of the proxy, where there is one."""
         return problem if self.proxy is None else problem.on(copy.deepcopy(self.proxy.model), self.proxy.data)
 
-    @cached_property
+    @property
     def policy(self) -> Policy:
-        """The policy that the search found."""
-        file = self.run.path / "policy.json"
-        if not file.is_file():
-            raise RunError(f"{file}: not there yet; run `bitwright search {self.run.path}` first")
-        return Policy.from_json(file.read_text("utf-8"))
+        """The policy that the search found; read anew each time, because a search may replace it."""
+        return settled.read_policy(self.run)
 
     @property
     def float_policy(self) -> Policy:
@@ -317,8 +322,16 @@ class Job:
 
     @cached_property
     def quantized(self) -> nn.Module:
-        """The fine-tuned network."""
-        return self._restored(self.quantize(self.policy), "model.safetensors")
+        """The fine-tuned network; raises `RunError` if it was fine-tuned at another policy than the run's."""
+        policy, file = self.policy, self.run.path / "model.safetensors"
+        if runs.mark_of(file, settled.MARK) not in (None, policy.digest):
+            found = f"was fine-tuned at another policy than that of {self.run.path / settled.FILE}"
+            raise RunError(f"{file}: {found}; type `bitwright finetune {self.run.path} --again`")
+        return self._restored(self.quantize(policy), file.name)
+
+    def forget_quantized(self) -> None:
+        """Let `quantized` be read anew: it was fine-tuned once more."""
+        self.__dict__.pop("quantized", None)
 
     def _restored(self, model: nn.Module, name: str) -> nn.Module:
         """Load the weights that a stage of this run wrote."""
@@ -362,6 +375,10 @@ def _forget_unbegun(path: Path) -> None:
     if (path / "manifest.json").is_file() and {item.name for item in path.iterdir()} <= files:
         for name in files:
             (path / name).unlink(missing_ok=True)
+
+
+def _spelled(allowed: Sequence[Bits]) -> str:
+    return ", ".join(map(repr, allowed[:4])) + (", …" if len(allowed) > 4 else "")
 
 
 def on_device(split: Split, device: torch.device) -> Split:

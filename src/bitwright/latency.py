@@ -23,7 +23,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ COMPARED = ("processor", "features", "runtime")
 """What two machines have in common if a table of one holds for the other."""
 RUNTIMES = ("openvino", "onnxruntime")
 """What measures latencies."""
+T = TypeVar("T")
 Floats = NDArray[np.float64]
 Classes = Mapping[str, Mapping[Bits, str]]
 """By site, what the target runs each pair of widths as."""
@@ -166,8 +167,12 @@ class Table(Cost):
         """Return how far each judged prediction is off, as a share of the measurement."""
         return [abs(self.predict(timing.policy) / timing.typical - 1) for timing in self.judged]
 
+    def spread(self) -> dict[str, Any]:
+        """Return how sure base, border and every term are (`spreads`); empty for a table that says no timings that it was fitted on."""
+        return spreads(self.macs, self.classes, self.fitted) if self.fitted else {}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able values; `from_dict` reads them back."""
+        """Return JSON-able values; `load` reads them back."""
         classes = {name: {f"{b.w},{b.a}": kind for b, kind in known.items()} for name, known in self.classes.items()}
         facts: dict[str, Any] = {"format": FORMAT, "unit": "ns", "clock": "wall, one thread, tenth percentile of the runs", "batch": 1}
         facts |= {"target": self.target, "machine": dict(self.machine)}
@@ -176,7 +181,7 @@ class Table(Cost):
         terms = {name: dict(known) for name, known in self.terms.items()}
         timings = {"fitted": [t.to_dict() for t in self.fitted], "judged": [t.to_dict() for t in self.judged]}
         facts |= {"base": self.base, "border": self.border, "macs": dict(self.macs)}
-        return {**facts, "terms": terms, "classes": classes, "prediction": judged, **timings}
+        return {**facts, "terms": terms, "spread": self.spread(), "classes": classes, "prediction": judged, **timings}
 
     def save(self, path: str | Path) -> None:
         """Write the table to a JSON file."""
@@ -187,31 +192,57 @@ class Table(Cost):
         """Read what `save` wrote; raises `BudgetError` for anything else."""
         try:
             data = json.loads(Path(path).read_text("utf-8"))
-            if data["format"] != FORMAT or data["unit"] != "ns":
-                raise BudgetError(f"{path}: its format is {data['format']!r}, expected '{FORMAT}' in ns; measure again")
+            for key, wanted in (("format", FORMAT), ("unit", "ns")):
+                if data[key] != wanted:
+                    raise BudgetError(f"latency: {path}: its {key} is {data[key]!r}, expected '{wanted}'; measure again")
             classes = {
                 name: {Bits(*map(int, key.split(","))): str(kind) for key, kind in known.items()} for name, known in data["classes"].items()
             }
-            terms = {name: {str(kind): int(ns) for kind, ns in known.items()} for name, known in data["terms"].items()}
+            terms = {
+                name: {str(kind): _whole(ns, f"the term of '{name}' as {kind}") for kind, ns in known.items()}
+                for name, known in data["terms"].items()
+            }
             fitted, judged = (tuple(_timing(entry) for entry in data[part]) for part in ("fitted", "judged"))
-            base, border = int(data["base"]), int(data["border"])
-            macs = {str(name): int(count) for name, count in data["macs"].items()}
-            return cls(str(data["target"]), dict(data["machine"]), base, terms, classes, macs, fitted, judged, border)
+            base, border = (_whole(data[part], part) for part in ("base", "border"))
+            macs = {str(name): _whole(count, f"the MACs of '{name}'") for name, count in data["macs"].items()}
+            table = cls(str(data["target"]), dict(data["machine"]), base, terms, classes, macs, fitted, judged, border)
         except OSError as error:
             ask = "measure one: bitwright profile --target NAME --measure"
             raise BudgetError(f"latency: no table in {path} ({error.strerror}); {ask}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BudgetError(f"latency: {path} is no latency table ({type(error).__name__}: {str(error)[:60]}); measure again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise BudgetError(f"latency: {path} is no latency table ({type(error).__name__}: {str(error)[:120]}); measure again") from None
+        gap = table._gap()
+        if gap is not None:
+            raise BudgetError(f"latency: {path}: {gap}; measure again")
+        return table
+
+    def _gap(self) -> str | None:
+        """Return what the parts of a table do not say of each other; None where they agree."""
+        if not any(self.machine.get(part) for part in COMPARED):
+            return f"names no machine by {', '.join(COMPARED)}"
+        for part, known in (("terms", self.terms), ("macs", self.macs)):
+            odd = sorted(set(known) ^ set(self.classes))
+            if odd:
+                return f"'{odd[0]}' is in its {part} or its classes, and not in both"
+        untimed = [(name, kind) for name, known in self.classes.items() for kind in known.values() if kind not in self.terms[name]]
+        if untimed:
+            return "it has no term of '{}' as {}, which its classes name".format(*untimed[0])
+        if any(set(t.policy) != set(self.classes) or not self.covers(t.policy) for t in (*self.fitted, *self.judged)):
+            return "a network that it was fitted or judged on has other sites or widths than its classes"
+        return None
 
 
-def _bits(key: str) -> Bits:
-    w, a = map(int, key.split(","))
-    return Bits(w, a)
+def _whole(value: object, what: str, least: int = 0) -> int:
+    """Return a whole number from ``least`` on; raises `ValueError` for anything else, such as the Infinity that JSON may hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} is {value!r}, expected a whole number from {least}")
+    return value
 
 
 def _timing(entry: Mapping[str, Any]) -> Timing:
     policy = Policy({name: (int(w), int(a)) for name, (w, a) in entry["policy"].items()})
-    return Timing(policy, int(entry["typical"]), int(entry["fastest"]), int(entry["median"]), int(entry["n"]))
+    typical, low, high, runs = (_whole(entry[part], f"'{part}' of a network", 1) for part in ("typical", "fastest", "median", "n"))
+    return Timing(policy, typical, low, high, runs)
 
 
 def fingerprint(runtime: str) -> dict[str, Any]:
@@ -329,6 +360,42 @@ def fit(sites: Sequence[Site], classes: Classes, timings: Sequence[Timing]) -> t
         classes: by site, the class of every pair of widths.
         timings: of whole networks.
     """
+    rows, wanted, keys = _system({site.name: site.macs for site in sites}, classes, timings)
+    solution = lsq_linear(rows, wanted, bounds=(0, np.inf)).x
+    values = [round(float(value)) for value in solution]
+    return values[-1], values[-2], _by_site(keys, values)
+
+
+def spreads(macs: Mapping[str, int], classes: Classes, timings: Sequence[Timing]) -> dict[str, Any]:
+    """Return for ``base``, ``border`` and by site and class for ``terms`` a standard error in ns and in how many networks each one is.
+
+    The errors are the roots of s^2 (A'A)^-1 of the least squares that `fit` solves, with s^2 the squared residuals per timing: how far
+    a term may be from what it is fitted as, the pull towards the prior counted as a measurement. What timings cannot tell apart, such
+    as the base from terms that every network has, so has a large one. That nothing is below zero is left out.
+
+    Args:
+        macs: by site, multiply-accumulates.
+        classes: by site, the class of every pair of widths.
+        timings: the networks that were fitted on.
+    """
+    rows, wanted, keys = _system(macs, classes, timings)
+    residual = rows @ lsq_linear(rows, wanted, bounds=(0, np.inf)).x - wanted
+    errors = np.sqrt(residual @ residual / len(timings) * np.square(np.linalg.pinv(rows)).sum(1))
+    counts = np.count_nonzero(rows[: len(timings)], axis=0)
+    found = [{"standard_error": round(float(error)), "n": int(count)} for error, count in zip(errors, counts, strict=True)]
+    return {"base": found[-1], "border": found[-2], "terms": _by_site(keys, found)}
+
+
+def _by_site(keys: Sequence[tuple[str, str]], values: Sequence[T]) -> dict[str, dict[str, T]]:
+    """Return what belongs to sites and classes, and not to border and base, by site."""
+    terms: dict[str, dict[str, T]] = {}
+    for (name, kind), value in zip(keys, values, strict=False):
+        terms.setdefault(name, {})[kind] = value
+    return terms
+
+
+def _system(macs: Mapping[str, int], classes: Classes, timings: Sequence[Timing]) -> tuple[Floats, Floats, list[tuple[str, str]]]:
+    """Return rows and right-hand side of the least squares, the timings before the prior, and the columns before border and base."""
     keys = [(name, kind) for name, known in classes.items() for kind in dict.fromkeys(known.values())]
     place = {key: k for k, key in enumerate(keys)}
     design = np.zeros((len(timings), len(keys) + 2))
@@ -338,24 +405,19 @@ def fit(sites: Sequence[Site], classes: Classes, timings: Sequence[Timing]) -> t
         for name, bits in timing.policy.items():
             design[row, place[name, classes[name][bits]]] = 1
     wanted = np.array([timing.typical for timing in timings], dtype=np.float64)
-    prior = _prior(sites, classes, keys, timings)
+    prior = _prior(macs, classes, keys, timings)
     weights = 1 / (NOISE * wanted)
     pull = 1 / (SHRINKAGE * np.maximum(prior, prior.sum() / len(prior) / 5))
     pull[-2:] /= 100  # nothing is known of borders and base beforehand
     rows = np.concatenate([design * weights[:, None], np.diag(pull)])
-    solution = lsq_linear(rows, np.concatenate([wanted * weights, prior * pull]), bounds=(0, np.inf)).x
-    values = [round(float(value)) for value in solution]
-    terms: dict[str, dict[str, int]] = {}
-    for (name, kind), value in zip(keys, values, strict=False):
-        terms.setdefault(name, {})[kind] = value
-    return values[-1], values[-2], terms
+    return rows, np.concatenate([wanted * weights, prior * pull]), keys
 
 
 def _prior(
-    sites: Sequence[Site], classes: Mapping[str, Mapping[Bits, str]], keys: Sequence[tuple[str, str]], timings: Sequence[Timing]
+    work: Mapping[str, int], classes: Mapping[str, Mapping[Bits, str]], keys: Sequence[tuple[str, str]], timings: Sequence[Timing]
 ) -> Floats:
     """Return a share of the time of the network that is most of a class, by multiply-accumulates; a tenth is nobody's."""
-    macs = {site.name: max(site.macs, 1) for site in sites}
+    macs = {name: max(count, 1) for name, count in work.items()}
     whole = sum(macs.values())
     by_kind: dict[str, tuple[float, float]] = {}
     for timing in timings:
@@ -376,4 +438,4 @@ def skipped_on_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA GPU is here, so INT8, FP8 and bf16 layers are not timed on one"
 
 
-__all__ = ["FILE", "Table", "Timing", "fit", "measure_table"]
+__all__ = ["FILE", "Table", "Timing", "fit", "measure_table", "spreads"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def key_of(policy: Policy) -> str:
     >>> key_of(Policy({"conv1": (8, 4)}))
     '815c296b495169fd'
     """
-    return hashlib.sha256(policy.to_json().encode()).hexdigest()[:16]
+    return policy.digest[:16]
 
 
 def trained(

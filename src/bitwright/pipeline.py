@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright import runs
+from bitwright import runs, settled
 from bitwright.adaptive.files import check_budget
 from bitwright.adaptive.session import Normalised, load_bank
 from bitwright.adaptive.stages import NEEDS as ADAPTIVE_NEEDS
@@ -49,6 +49,8 @@ CURVE_POINTS = 50
 """The accuracy curve of a training is taken on so many selection images, at so many epochs at most."""
 OF_POLICY = ("search.jsonl", "search.json", "certificate.json", "sensitivity.json", "additivity.json")
 """What a run knows of the policy that its search found, and not of another one."""
+RESULTS = {"finetune": ("finetune.jsonl", "statistics.json"), "evaluate": ("evaluation.json",), "export": ("export/export.json",)}
+"""What a stage says of its policy, by stage; `reopen` empties the baselines."""
 
 
 def run(
@@ -102,8 +104,8 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
         if name not in plan:
             raise RunError(f"{job.run.path}: an adaptive run has no stage '{name}'; it has {', '.join(plan)}")
     wanted = [name for name in plan if (name in stages if stages else _in_recipe(job.recipe, name))]
-    needed = [name for name in plan if any(name in needs[stage] for stage in wanted)]
-    todo = [name for name in plan if (name in wanted or name in needed) and not job.run.finished(name)]
+    asked = [name for name in plan if name in wanted or any(name in needs[stage] for stage in wanted)]
+    todo = [name for name in asked if not settled.done(job.run, name)]
     if todo and job.run.finished("report"):
         todo.append("report")  # what it shows is about to change
     if "adaptive" in todo:
@@ -113,12 +115,22 @@ def _run_missing(job: Job, stages: Sequence[str]) -> None:
         check_trainable(job.recipe)
         job.problem_of(job.untrained).check()
         job.proxy_data  # noqa: B018  (a proxy that is not there is an error before anything is trained)
-    for name in todo:
-        started = time.monotonic()
-        job.log(name, {"status": "started"})
-        facts = plan[name](job)
-        job.run.finish(name, seconds=round(time.monotonic() - started, 2), **facts)
-        job.log(name, {"status": "finished", **job.run.manifest["stages"][name]})
+    for name in plan:
+        if name in todo or (name in asked and not settled.done(job.run, name)):  # a search may settle on another policy than before
+            _do(job, name, plan[name])
+
+
+def _do(job: Job, name: str, stage: Callable[[Job], dict[str, Any]]) -> None:
+    """Run one stage and mark it as finished; what it left of another policy is forgotten first."""
+    if settled.outdated(job.run, name):
+        reopen(job, [name])
+        for file in RESULTS.get(name, ()):
+            (job.run.path / file).unlink(missing_ok=True)
+    started = time.monotonic()
+    job.log(name, {"status": "started"})
+    facts = stage(job)
+    job.run.finish(name, seconds=round(time.monotonic() - started, 2), **facts, **settled.marks(job.run, name))
+    job.log(name, {"status": "finished", **job.run.manifest["stages"][name]})
 
 
 @contextmanager
@@ -225,7 +237,8 @@ def finetune_stage(job: Job) -> dict[str, Any]:
         options = make_options(FinetuneOptions, job.recipe.finetune, "finetune")
         train(job, model, options, "finetune", job.run.path, teacher=job.teacher)
     after = bin_statistics(model)
-    runs.save_tree(job.run.inside("model.safetensors"), dict(model.state_dict()))
+    runs.save_tree(job.run.inside("model.safetensors"), dict(model.state_dict()), **settled.marks(job.run, "finetune"))
+    job.forget_quantized()
     write_json(job, "statistics.json", {name: {"before": before[name]._asdict(), "after": after[name]._asdict()} for name in before})
     return {}
 
@@ -353,9 +366,9 @@ def derive(job: Job, out: str | Path, overrides: Sequence[str] = (), policy: Pol
         if (job.run.path / name).is_file():
             shutil.copyfile(job.run.path / name, new.run.inside(name))
     runs.write_text_atomic(new.run.inside("policy.json"), chosen.to_json() + "\n")
-    for stage in ("float", "search"):
+    for stage, bound in (("float", {}), ("search", {settled.MARK: chosen.digest})):
         if not new.run.finished(stage):
-            new.run.finish(stage, taken_from=job.run.manifest["fingerprint"])
+            new.run.finish(stage, taken_from=job.run.manifest["fingerprint"], **bound)
     return new
 
 
@@ -368,9 +381,10 @@ def summary(job: Job) -> dict[str, Any]:
     """Return what a run has so far, as JSON-able data: stages, policy, costs, accuracies, baselines, files."""
     path = job.run.path
     result: dict[str, Any] = {"run": str(path), "recipe": job.recipe.name, "stages": job.run.manifest["stages"]}
+    stages = {"evaluation": "evaluate", "baselines": "baselines", "export/export": "export"}
     for name in ("search", "additivity", "evaluation", "baselines", "promise", "export/export"):
         file = path / f"{name}.json"
-        if file.is_file():
+        if file.is_file() and not settled.outdated(job.run, stages.get(name, name)):
             result[name.rpartition("/")[2]] = json.loads(file.read_text("utf-8"))
     if (path / "policy.json").is_file():
         result["policy"] = {site: list(bits) for site, bits in job.policy.items()}

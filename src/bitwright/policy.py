@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -94,6 +95,15 @@ class Policy(Mapping[str, Bits]):
         """
         names = list(self) + [name for name in other if name not in self]
         return {n: (self.get(n), other.get(n)) for n in names if self.get(n) != other.get(n)}
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of `to_json`: equal policies have equal ones.
+
+        >>> Policy({"conv1": (8, 4)}).digest[:16]
+        '815c296b495169fd'
+        """
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the policy as JSON text; `from_json` reads it back."""

@@ -96,15 +96,16 @@ def _digest(skeleton: str, tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_tree(path: str | Path, tree: object) -> None:
+def save_tree(path: str | Path, tree: object, **marks: str) -> None:
     """Write a tree (see `flatten`) to one safetensors file, atomically.
 
     Tensors come back from `load_tree` on the CPU and contiguous, so copy them into the live ones instead of replacing
-    those. Named tuples come back as tuples. Raises `RunError` when the disk refuses; the old file is then intact.
+    those. Named tuples come back as tuples. ``marks`` are kept beside the tree for `mark_of`. Raises `RunError` when the
+    disk refuses; the old file is then intact.
     """
     skeleton, tensors = flatten(tree)
     text = json.dumps(skeleton, separators=(",", ":"))
-    metadata = {"format": TREE_FORMAT, "tree": text, "sha256": _digest(text, tensors)}
+    metadata = {**marks, "format": TREE_FORMAT, "tree": text, "sha256": _digest(text, tensors)}
     write_bytes_atomic(path, save({str(i): tensor for i, tensor in enumerate(tensors)}, metadata=metadata))
 
 
@@ -125,6 +126,15 @@ def load_tree(path: str | Path) -> Any:
         return unflatten(json.loads(metadata["tree"]), tensors)
     except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: damaged or truncated ({_first_line(error)}); {mend}") from None
+
+
+def mark_of(path: str | Path, name: str) -> str | None:
+    """Return a mark that `save_tree` kept; None where there is none, or no such file (`load_tree` says what is wrong with it)."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get(name)
+    except (SafetensorError, OSError):
+        return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -574,3 +574,13 @@ def test_a_network_that_takes_no_sample_is_packed_without_one(tmp_path):
 
     artefact = export(quantize(Picky(), Policy({"fc": (2, 32)})), "packed", tmp_path / "m", example=torch.rand(2, 3))
     assert _read(artefact.path)[0].sample is None
+
+
+def test_power_of_two_scales_are_refused_with_their_cause(tmp_path):
+    """They are rounded, and biases with them, where the network computes; the file would keep what is rounded."""
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), EXAMPLE[0, 0]
+    model = quantize(net, Policy({"0": (4, 8), "2": (4, 8)}), calibration=x, options=QuantOptions(scales="power_of_two"))
+    with pytest.raises(
+        ExportError, match=r"'0' rounds its steps to powers of two, and its bias .*; give --to onnx, or quantize with scales='free'"
+    ):
+        export(model, "packed", tmp_path / "m.safetensors", example=x)

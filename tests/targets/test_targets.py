@@ -147,6 +147,7 @@ def test_a_file_of_ones_own_is_a_target(tmp_path):
 
 
 HEAD = "{format: bitwright-target-1, name: m, version: 1, about: a, "
+LINEAR = "layers: {linear: [{w: [8], a: [8], runs: i}]}"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,18 @@ HEAD = "{format: bitwright-target-1, name: m, version: 1, about: a, "
         (HEAD + "layers: {conv: []}}", "layers.conv"),
         ("!!python/object/apply:os.system [echo]", "not valid YAML"),
         (HEAD + "layers: {}, points: [adds]}", "points.0"),
+        ("[1]", "target .*mine.yaml: expected a valid dictionary"),
+        (HEAD + "layers: {}}", "layers: no rule, so nothing runs; give one"),
+        (HEAD + "layers: {linear: []}}", "layers: no rule, so nothing runs; give one"),
+        (HEAD + LINEAR + ", exporter: onxx}", "exporter: no format 'onxx'; did you mean 'onnx'"),
+        (HEAD + LINEAR + ", exporter: ../x}", "exporter: no format '../x'; known: onnx, openvino, packed, qonnx"),
+        (HEAD + LINEAR + ", exporter: onnx, latency: openvino}", "latency: openvino goes with exporter onnx; give exporter: openvino, or"),
+        (
+            HEAD + LINEAR + ", latency: onnxruntime}",
+            "latency: onnxruntime goes with no exporter; give exporter: onnx, or leave latency out",
+        ),
+        (HEAD + LINEAR + ", pinned: {first: [2, 2]}}", "pinned.first: no rule runs W2A2; give widths that a rule has, or add a rule"),
+        (HEAD + LINEAR + ", pinned: {last: [8, 4]}}", "pinned.last: no rule runs W8A4"),
     ],
 )
 def test_a_malformed_target_is_refused_by_what_is_wrong(tmp_path, text, message):

@@ -41,6 +41,7 @@ def test_to_and_from(run, tmp_path, capsys):
         (["into", "modelopt", "RUN"], "'into'"),
         (["from", "modelopt", "RUN"], "policy from modelopt: no file to read; give --file FILE"),
         (["from", "modelopt", "RUN", "--file", "missing.json"], "missing.json: cannot be read (No such file or directory)"),
+        (["to", "modelopt", "RUN", "--out", "x.json"], "--out x.json is where `policy from` writes; give --file x.json"),
         (["to", "modelopt", "RUN", "--option", "algorithm"], "--option algorithm: expected key=value"),
     ],
 )

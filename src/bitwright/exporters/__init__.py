@@ -208,6 +208,8 @@ def verify(path: str | Path, *, to: str | None = None, model: nn.Module | None =
         from bitwright.adaptive.verifying import verify_bank  # noqa: PLC0415  (only where it is used)
 
         return verify_bank(path, model)
+    if path.is_dir():
+        raise ExportError(f"{path}: a folder; {_artefacts(path)}")
     if not path.is_file():
         raise ExportError(f"{path}: no such file; give an artefact that `bitwright export` wrote")
     known = available() if to is None else (to,)
@@ -218,6 +220,15 @@ def verify(path: str | Path, *, to: str | None = None, model: nn.Module | None =
     except OSError as error:
         raise ExportError(f"{path}: cannot be read ({error.strerror or error})") from None
     raise ExportError(f"{path}: of no format that bitwright writes ({', '.join(known)}), or cut off; name its format with --to")
+
+
+def _artefacts(folder: Path) -> str:
+    """Return the hint which files in a folder, or in the export folder of a run, may be meant."""
+    endings = {ending for name in available() for ending in get(name).suffixes}
+    files = sorted(file for place in (folder, folder / "export") for file in place.glob("*") if file.suffix in endings)
+    run = (folder / "manifest.json").is_file()  # whose own model.safetensors is no artefact
+    named = [str(file) for file in files if not (run and file.parent == folder)]
+    return f"give the file: {' or '.join(named[:4])}" if named else "give the file that `bitwright export` wrote"
 
 
 def is_bank(path: Path) -> bool:

@@ -145,6 +145,10 @@ def _check_plain(model: nn.Module) -> None:
     if folded is not None:
         found = f"the BatchNorm '{folded}' is folded (scales='power_of_two')"
         raise ExportError(f"export: {found}, and a packed file keeps the float architecture; give --to onnx")
+    for name, layer in named_quant_layers(model):
+        if isinstance(layer.input_quantizer, LSQActivation) and layer.input_quantizer.power_of_two:
+            found = f"'{name}' rounds its steps to powers of two, and its bias to their product (scales='power_of_two')"
+            raise ExportError(f"export: {found}, and a packed file keeps both unrounded; give --to onnx, or quantize with scales='free'")
 
 
 def _encode(name: str, layer: QuantLayer) -> Encoded:

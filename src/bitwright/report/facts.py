@@ -12,6 +12,7 @@ from bitwright.errors import RunError
 from bitwright.exporters import spelled_fallbacks
 from bitwright.policy import Bits, Policy
 from bitwright.runs import Run, read_jsonl
+from bitwright.settled import FILE, outdated, read_policy
 
 Row = Mapping[str, Any]
 SPENT = 0.95
@@ -70,25 +71,29 @@ class Facts:
 
 
 def read_facts(run_dir: str | Path) -> Facts:
-    """Read a run directory; raises `RunError` if it is none, or a file in it is damaged."""
+    """Read a run directory, without what is of an earlier policy; raises `RunError` if it is none, or a file is damaged or edited."""
     run = Run.load(run_dir)
     sites = _json(run.path / "sites.json")
-    policy = run.path / "policy.json"
     recipe = run.path / "recipe.yaml"
+
+    def of(stage: str, name: str) -> Row:
+        return {} if outdated(run, stage) else _json(run.path / name)
+
+    curves = [name for name in ("float", "finetune", "adaptive") if not outdated(run, name)]
     return Facts(
         manifest=run.manifest,
         recipe=recipe.read_text("utf-8") if recipe.is_file() else "",
         sites=tuple(sites.get("sites", ())),
         budgets=tuple(sites.get("budgets", ())),
         latency=sites.get("latency", {}),
-        policy=Policy.from_json(policy.read_text("utf-8")) if policy.is_file() else None,
+        policy=read_policy(run) if (run.path / FILE).is_file() else None,
         search=tuple(read_jsonl(run.path / "search.jsonl")),
         found=_json(run.path / "search.json"),
-        curves={name: tuple(read_jsonl(run.path / f"{name}.jsonl")) for name in ("float", "finetune", "adaptive")},
-        statistics=_json(run.path / "statistics.json"),
-        evaluation=_json(run.path / "evaluation.json"),
-        baselines=_json(run.path / "baselines.json"),
-        artefact=_json(run.path / "export" / "export.json"),
+        curves={name: tuple(read_jsonl(run.path / f"{name}.jsonl")) for name in curves},
+        statistics=of("finetune", "statistics.json"),
+        evaluation=of("evaluate", "evaluation.json"),
+        baselines=of("baselines", "baselines.json"),
+        artefact=of("export", "export/export.json"),
         certificate=_json(run.path / "certificate.json"),
         additivity=_json(run.path / "additivity.json"),
         adaptive=_json(run.path / "adaptive.json"),

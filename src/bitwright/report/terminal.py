@@ -33,7 +33,9 @@ def show(run_dir: str | Path, console: Console | None = None) -> None:
     show_quality(records_of(facts), console)
     for text in _notes(facts):
         console.print(text, highlight=False)
-    for name in ("policy.json", "export/model.safetensors", "report.html"):
+    bank = facts.artefact.get("to") == "bank"
+    artefact = Path(str(facts.artefact.get("file", "bank.json" if bank else "model.safetensors"))).name
+    for name in ("policy.json", f"export/{artefact}", "report.html"):
         if (Path(run_dir) / name).is_file():
             console.print(f"{name.partition('/')[0].partition('.')[0]}: {Path(run_dir) / name}", highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitwright.errors import TargetError, nearest
 from bitwright.policy import WIDTHS, Bits
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FORMAT = "bitwright-target-1"
 LayerKind = Literal["convolution", "depthwise", "transposed", "linear", "product"]
 Width = Annotated[int, Field(strict=True)]
+TIMED = {"openvino": "openvino", "onnxruntime": "onnx"}
+"""The format that each runtime which measures latencies reads."""
 LARGEST = 1 << 20
 """Bytes of the largest target file that is read."""
 
@@ -114,6 +116,24 @@ class Target(_Strict):
     fusions: tuple[str, ...] = ()
     points: tuple[PointKind, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Target:
+        """Refuse a target whose parts do not go together, which a search would find out late or never."""
+        from bitwright.exporters import available as formats  # noqa: PLC0415  (what is written is no business of a target's but its name)
+
+        if self.exporter is not None and self.exporter not in formats():
+            raise ValueError(f"exporter: no format '{self.exporter}'; {nearest(self.exporter, formats())}")
+        if self.latency is not None and self.exporter != TIMED[self.latency]:
+            given = "no exporter" if self.exporter is None else f"exporter {self.exporter}"
+            raise ValueError(f"latency: {self.latency} goes with {given}; give exporter: {TIMED[self.latency]}, or leave latency out")
+        pairs = {pair for rules in self.layers.values() for rule in rules for pair in rule.pairs}
+        if not pairs:
+            raise ValueError("layers: no rule, so nothing runs; give one, such as linear: [{w: [8], a: [8], runs: int8}]")
+        for end, pin in (("first", self.pinned.first), ("last", self.pinned.last)):
+            if pin is not None and Bits(*pin) not in pairs:
+                raise ValueError(f"pinned.{end}: no rule runs {Bits(*pin)!r}; give widths that a rule has, or add a rule")
+        return self
 
     def rules(self, site: Site) -> tuple[Rule, ...]:
         """Return what applies to a site."""
@@ -305,11 +325,11 @@ def _parse(text: str, where: str) -> Target:
         return Target.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise TargetError(f"{where}: unknown key '{place}'; {nearest(str(first['loc'][-1]), Target.model_fields)}") from None
         message = first["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
-        raise TargetError(f"{where}: {place}: {message}") from None
+        raise TargetError(": ".join(filter(None, (where, place, message)))) from None
 
 
 __all__ = ["FORMAT", "Rule", "Target", "Violation", "available", "get_target", "kind_of"]

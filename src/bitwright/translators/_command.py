@@ -25,6 +25,8 @@ def policy_command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _to(job: Job, arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     name = arguments.format
+    if arguments.out is not None:
+        raise PolicyError(f"policy to {name}: --out {arguments.out} is where `policy from` writes; give --file {arguments.out}")
     suffix = get(name).suffix
     tuned = (job.run.path / "model.safetensors").is_file()
     text = translate(job.policy, name, Subject(job.trace.sites, job.quantized if tuned else None, tuple(job.trace.skipped)), **options)
