@@ -61,6 +61,18 @@ def test_weights_of_4_bits_stay_so_beside_bfloat16_activations(tmp_path):
     assert {row.name: row.stored for row in verify(tmp_path / "m.xml").tensors}["4"] == "i4"
 
 
+def test_a_layer_before_a_batchnorm_that_shifts_nothing_is_seen_to_run_in_bfloat16(tmp_path):
+    """OpenVINO leaves a sum with zero out, and would name the layer after a product that it makes itself."""
+    x = torch.rand(2, 1, 8, 8)
+    net = models.build("digits_cnn").eval()
+    sites = trace(net, x).sites
+    policy = Policy({site.name: (16, 16) for site in sites})
+    model = quantize(net, policy, calibration=x, sites=sites).eval()
+    artefact = export(model, "openvino", tmp_path / "m.xml", example=x, policy=policy)
+    assert set(artefact.parity["executed"].values()) == {"bf16"}
+    assert artefact.parity["executed"].keys() == policy.keys()
+
+
 def test_few_bit_activations_that_come_out_wrong_are_refused_with_their_likely_cause(tmp_path):
     """Every step is a power of two, so a runtime that follows the file gives the network's outputs bit for bit: ONNX Runtime does."""
     model, x, policy = residual(points=ALL)

@@ -17,14 +17,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import fx
 
 from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, TensorCheck, Verification, outputs
-from bitwright.exporters._emission import ActivationForm, Form, Grid
+from bitwright.exporters._emission import ActivationForm, Emission, Form, Grid
 from bitwright.exporters._graph import capture, kind_of
 from bitwright.exporters._onnx_file import answer_gap, content_of_text, content_text
 from bitwright.exporters._parity import Share, output_gaps
@@ -58,6 +58,22 @@ class FewLevels(ActivationForm):
         levels = grid.high - grid.low + 1
         out = writer.node("FakeQuantize", [x, *bounds, *bounds], name=f"{name}_q", domain=DOMAIN, levels=levels)
         return str(out), "", 0
+
+
+class NamedNorms(Emission):
+    """Writes a BatchNorm beside its layer as a product and a sum of the layer's name.
+
+    OpenVINO takes a layer that it merges a BatchNorm into by the name of what it made of the BatchNorm: a number where the shift is zero.
+    """
+
+    def _call(self, node: fx.Node) -> Any:
+        name = self._name(node, "batch_norm") if kind_of(node) == "batch_norm" else ""
+        if not name:
+            return super()._call(node)
+        shape = [1, -1] + [1] * (node.meta["val"].dim() - 2)
+        gain, shift = (self.writer.constant(v.astype(np.float32).reshape(shape), f"{name}_constant") for v in self._gain_and_shift(node))
+        x = self.env[cast(fx.Node, node.args[0])]
+        return self.writer.node("Add", [self.writer.node("Mul", [x, gain], name=f"{name}_gain"), shift], name=name)
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ def converted(source: Source) -> Written:
     if not program.layers:
         raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
     rewrite(program)
-    made = written(required("onnx"), program, source, Form(FewLevels(), native=(4,), clip_codes=False), {DOMAIN: 1})
+    made = written(required("onnx"), program, source, Form(FewLevels(), native=(4,), clip_codes=False), {DOMAIN: 1}, NamedNorms)
     source.memo["openvino"] = made
     return made
 
