@@ -63,6 +63,10 @@ class FewLevels(ActivationForm):
         return str(out), "", 0
 
 
+FORM = Form(FewLevels(), native=(4,), round_biases=False, clip_codes=False)
+"""Biases stay in float: the runtime adds them to what the integers give, scaled."""
+
+
 class NamedNorms(Emission):
     """Writes a BatchNorm beside its layer as a product and a sum of the layer's name.
 
@@ -173,9 +177,7 @@ def converted(source: Source) -> Written:
     if not program.layers:
         raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
     rewrite(program)
-    made = written(
-        required("onnx"), program, source, Form(FewLevels(), native=(4,), round_biases=False, clip_codes=False), {DOMAIN: 1}, NamedNorms
-    )
+    made = written(required("onnx"), program, source, FORM, {DOMAIN: 1}, NamedNorms)
     source.memo["openvino"] = made
     return made
 
