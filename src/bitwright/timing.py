@@ -20,7 +20,7 @@ from bitwright.exporters._graph import capture
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer, text
 from bitwright.exporters.onnx import QDQ, required, session, written
-from bitwright.exporters.openvino import DOMAIN, FewLevels, compile_model, library
+from bitwright.exporters.openvino import DOMAIN, FORM, compile_model, library
 from bitwright.latency import Timing
 from bitwright.policy import Bits, Policy
 from bitwright.quant import QuantOptions, quantize
@@ -80,7 +80,7 @@ class Stopwatch:
         """Return what runs one sample at a policy."""
         layers = {layer: policy[site.name] for site in self.trace.sites for layer in site.layers}
         openvino = self.target.latency == "openvino"
-        form = Form(FewLevels(), native=(4,), clip_codes=False) if openvino else Form(QDQ())
+        form = FORM if openvino else Form(QDQ())
 
         def emission(writer: Writer, program: Any, form: Form) -> Emission:
             return AtPolicy(writer, program, form, layers)

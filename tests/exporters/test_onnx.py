@@ -414,11 +414,13 @@ def test_an_option_of_another_type_is_one_line(tmp_path, option, value):
         ("onnx", "outputs", "nan", "expected a finite number"),
         ("openvino", "outputs", "inf", "expected a finite number"),
         ("qonnx", "outputs", -0.1, "expected greater than or equal to 0"),
+        ("onnx", "outputs", "2", "expected less than or equal to 1"),
+        ("openvino", "outputs", 1.5, "expected less than or equal to 1"),
         ("onnx", "steps", "-1", "expected greater than or equal to 0"),
         ("qonnx", "steps", -1, "expected greater than or equal to 0"),
     ],
 )
-def test_a_bound_that_is_no_number_of_0_or_more_is_one_line(tmp_path, to, option, value, expected):
+def test_a_bound_without_a_meaning_is_one_line(tmp_path, to, option, value, expected):
     model, x, policy = deployed("tiny", [(8, 8)])
     with pytest.raises(ExportError, match=f"export: option {option}={value!r}: {expected}$"):
         export(model, to, tmp_path / "m.xml", example=x, policy=policy, **{option: value})

@@ -276,10 +276,14 @@ class Emission:
             return None, node  # alpha would take the weight off the bfloat16 grid
         if kind.startswith("conv_transpose") and len(values) > 6 and values[6] != 1:
             return None, node
-        read = [None if v is None else self.env[v].double().numpy() for v in cast("tuple[fx.Node | None, ...]", user.args[1:5])]
+        return self._gain_and_shift(user), user
+
+    def _gain_and_shift(self, norm: fx.Node) -> tuple[Floats, Floats]:
+        """Return alpha and beta of a BatchNorm."""
+        read = [None if v is None else self.env[v].double().numpy() for v in cast("tuple[fx.Node | None, ...]", norm.args[1:5])]
         weight, bias, mean, var = cast("tuple[Floats | None, Floats | None, Floats, Floats]", tuple(read))
-        alpha = (1.0 if weight is None else weight) / np.sqrt(var + float(cast(float, user.args[7])))
-        return (alpha, (0.0 if bias is None else bias) - mean * alpha), user
+        alpha = (1.0 if weight is None else weight) / np.sqrt(var + float(cast(float, norm.args[7])))
+        return alpha, (0.0 if bias is None else bias) - mean * alpha
 
     def _weight(self, weight: Any, affine: Any, node: fx.Node, name: str, bits: Bits) -> tuple[str, Floats | None]:
         """Write a weight; return its name and, for codes, the step of each output channel."""

@@ -7,7 +7,7 @@ call, ``bitwright::mark(x, key)``. The graph then holds the network's own operat
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -204,26 +204,27 @@ def module_of(node: fx.Node) -> str:
 class _Run(fx.Interpreter):
     """Runs a program with its quantizers and keeps what every mark gives."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, jitter: Callable[[Tensor], Tensor] | None):
         super().__init__(fx.GraphModule(nn.Module(), program.graph))
-        self.program = program
+        self.program, self.jitter = program, jitter
         self.marked: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if kind_of(n) != "mark":
             return super().run_node(n)
         (x, key), _ = self.fetch_args_kwargs_from_env(n)
-        out = self.program.marks[key].quantizer(x)
+        quantizer = self.program.marks[key].quantizer
+        out = quantizer(x if self.jitter is None or isinstance(quantizer, WeightQuantizer) else self.jitter(x))
         self.marked[n.name] = out.clone()  # a later call may change the tensor in place
         return out
 
 
-def run(program: Program, example: Example) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return a program's outputs on an example, and what every mark gives, by node."""
+def run(program: Program, example: Example, jitter: Callable[[Tensor], Tensor] | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return a program's outputs on an example, and what every mark gives, by node; ``jitter`` changes what is rounded to a grid."""
     placed, named = _arguments(example)
     given = dict(zip(program.inputs, [*placed, *named.values()], strict=True))
     values = [{**program.constants, **given}[node.name] for node in program.graph.nodes if node.op == "placeholder"]
-    running = _Run(program)
+    running = _Run(program, jitter)
     with torch.no_grad():
         out = running.run(*values)
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], running.marked

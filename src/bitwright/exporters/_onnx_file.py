@@ -13,6 +13,7 @@ import numpy as np
 
 from bitwright.errors import ExportError, PolicyError
 from bitwright.exporters import Example, Source, TensorCheck, Verification, check_policy, outputs, policy_gap
+from bitwright.exporters._claims import bound_of, fitting, samples_of
 from bitwright.exporters._emission import Emitted
 from bitwright.exporters._graph import Program
 from bitwright.exporters._sample import SAMPLES, sample_of
@@ -117,6 +118,11 @@ def content_of_text(name: str, text: str, form: str = FORMAT) -> dict[str, Any]:
     return dict(content)
 
 
+def content_of(name: str, model: Any) -> dict[str, Any]:
+    """Return what a model says of itself; see `content_of_text`."""
+    return content_of_text(name, {entry.key: entry.value for entry in model.metadata_props}[KEY])
+
+
 def verify_file(onnx: Any, path: Path, runner: Runner) -> Verification:
     """Check a file from the outside: structure, checksum, levels of each tensor against the policy, and the sample's answer."""
     model = read_model(onnx, path)
@@ -124,22 +130,20 @@ def verify_file(onnx: Any, path: Path, runner: Runner) -> Verification:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:
         raise ExportError(f"{path.name}: refused by onnx.checker ({str(error).strip().splitlines()[0][:160]})") from None
-    content = content_of_text(path.name, {entry.key: entry.value for entry in model.metadata_props}[KEY])
-    try:
+    content = content_of(path.name, model)
+    with fitting(path.name):
         weights = [_weight_check(onnx, model, *entry) for entry in content["weights"]]
-        inputs = [sample_of(shape, dtype) for shape, dtype in content["sample"]["inputs"]]
+        inputs = samples_of(content)
         names = [value.name for value in model.graph.input]
         data, count = _with_outputs(onnx, model, [entry[2] for entry in content["activations"]]), len(model.graph.output)
         found = runner(data, dict(zip(names, inputs, strict=True)))
         activations = [_activation_check(entry, codes) for entry, codes in zip(content["activations"], found[count:], strict=True)]
-        agrees, allowed = answer_gap(content["sample"]["answer"], found[0]), float(content["allowed"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ExportError(f"{path.name}: its metadata do not fit its graph ({type(error).__name__}: {str(error)[:80]})") from None
+        agrees, allowed = answer_gap(content["sample"]["answer"], found[0]), bound_of(content)
     return Verification(path, "onnx", content["policy"], (*weights, *activations), SAMPLES, agrees, allowed).checked()
 
 
 def _weight_check(onnx: Any, model: Any, address: str, bits: list[int], initializer: str, axis: int | None) -> TensorCheck:
-    tensor = next(t for t in model.graph.initializer if t.name == initializer)
+    tensor = {t.name: t for t in model.graph.initializer}[initializer]
     values = np.asarray(onnx.numpy_helper.to_array(tensor)).astype(np.float32)
     stored = onnx.TensorProto.DataType.Name(tensor.data_type)
     rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
@@ -166,9 +170,17 @@ def _with_outputs(onnx: Any, model: Any, tensors: list[str]) -> bytes:
 
 
 def answer_gap(answer: list[Any] | None, found: Any) -> float | None:
-    """Return how far an output is from the answer that was kept, as a share of the largest; None where none was kept."""
-    if answer is None:
+    """Return how far an output is from the answer that was kept, as a share of the largest; None where it is too large to be kept.
+
+    Raises:
+        ExportError: no answer was kept of an output that is not too large, or one of another shape.
+    """
+    if answer is None and found.size > LARGEST_ANSWER:
         return None
+    if answer is None:
+        raise ExportError("it has no answer to its sample")
     shape, text = answer
+    if list(found.shape) != shape:
+        raise ExportError(f"its output on the sample has shape {list(found.shape)}, and the answer in it {shape}")
     wanted = np.frombuffer(base64.b64decode(text), "<f4").reshape(shape)
     return float(np.abs(wanted - found).max(initial=0.0) / max(float(np.abs(wanted).max(initial=0.0)), 1e-30))

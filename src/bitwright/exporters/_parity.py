@@ -30,8 +30,8 @@ MOST = 0.3
 Array = NDArray[np.int64]
 Steps = Annotated[int, Field(ge=0)]
 """How many steps codes may differ by."""
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""How far outputs may differ, as a share of the largest."""
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""How far outputs may differ, as a share of the largest: all of it is what a file of zeros is off by."""
 
 
 @dataclass(frozen=True)

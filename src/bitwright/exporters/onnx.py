@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_leaves
 from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, Verification, spelled_fallbacks
 from bitwright.exporters import outputs as network_outputs
+from bitwright.exporters._claims import fitting
 from bitwright.exporters._emission import ActivationForm, Emission, Emitted, Form, Grid, PointRecord, WeightRecord, float_layers
 from bitwright.exporters._graph import Program, capture, run
-from bitwright.exporters._onnx_file import FORMAT, read_model, stamp, verify_file
+from bitwright.exporters._onnx_file import FORMAT, content_of, read_model, stamp, verify_file
 from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
+from bitwright.exporters._qdq_nodes import recount, state_widths
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
 
@@ -104,7 +106,7 @@ class Onnx(Exporter):
         written = self._written(source)
         parity = compare(source, written, model)
         judge(parity, self.steps, allowed_outputs(written.program, self.outputs), "ONNX Runtime")
-        verified = verify_file(onnx, path, run_session)
+        verified = self.verify(path)
         executed = executed_precision(model, list(written.emitted.layers))
         expected_float = float_layers(written.emitted.layers)
         fell = {name: kind for name, kind in executed.items() if not kind.startswith("int") and name not in expected_float}
@@ -122,8 +124,18 @@ class Onnx(Exporter):
 
     @classmethod
     def verify(cls, path: Path, model: Any = None) -> Verification:
-        """Read a file, count its levels and run it; raises `ExportError` with the reason for a damaged one."""
-        return verify_file(required("onnx"), path, run_session)
+        """Read a file, compare its nodes with its policy, count its levels and run it.
+
+        Raises:
+            ExportError: it is damaged or tampered with, or does not keep its policy; the message says which.
+        """
+        onnx = required("onnx")
+        verified = verify_file(onnx, path, run_session)
+        model = read_model(onnx, path)
+        content = content_of(path.name, model)
+        with fitting(path.name):
+            recount(onnx, model, content)
+        return verified
 
     def _written(self, source: Source) -> Written:
         if "onnx" not in source.memo:
@@ -137,7 +149,9 @@ class Onnx(Exporter):
         if not program.marks and not program.layers:
             raise ExportError("export: the model has no quantized layer; pass what quantize() returned")
         rewrite(program)
-        return written(onnx, program, source, Form(QDQ(), native=(2, 4) if self.types == "native" else ()))
+        made = written(onnx, program, source, Form(QDQ(), native=(2, 4) if self.types == "native" else ()))
+        state_widths(made.model, made.emitted)
+        return made
 
 
 def required(package: str) -> Any:

@@ -24,9 +24,10 @@ from torch import fx
 from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, Verification
 from bitwright.exporters import outputs as network_outputs
+from bitwright.exporters._claims import fitting
 from bitwright.exporters._emission import ActivationForm, Coded, Emission, Form, Grid, PointRecord, WeightRecord, for_outputs
 from bitwright.exporters._graph import capture, run
-from bitwright.exporters._onnx_file import FORMAT, KEY, content_of_text, read_model, stamp, verify_file
+from bitwright.exporters._onnx_file import FORMAT, content_of, read_model, stamp, verify_file
 from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._quant_nodes import recount
 from bitwright.exporters._rewrite import rewrite
@@ -192,13 +193,9 @@ class Qonnx(Exporter):
         """
         onnx = required("onnx")
         model = read_model(onnx, path)
-        content = content_of_text(path.name, {entry.key: entry.value for entry in model.metadata_props}[KEY])
-        try:
+        content = content_of(path.name, model)
+        with fitting(path.name):
             inputs = recount(onnx, model, content)
-        except ExportError as error:
-            raise ExportError(f"{path.name}: tampered with or damaged: {error}; export it again") from None
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ExportError(f"{path.name}: its metadata do not fit its graph ({type(error).__name__}: {str(error)[:80]})") from None
         verified = verify_file(onnx, path, run_qonnx)
         return replace(verified, to="qonnx", tensors=(*verified.tensors, *inputs))
 
