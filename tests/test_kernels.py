@@ -128,6 +128,26 @@ def test_int8_of_a_block_is_near_float(script):
         assert (module(x).float() - wanted).norm() / wanted.norm() < 0.02
 
 
+def test_rows_say_what_ran_and_confirm_only_that(script, monkeypatch):
+    ran = {"bf16": ["nvjet_tst_a_TNT"] * 4, "int8": ["cutlass_80_tensorop_i16832gemm_s8_a"] * 3 + ["nvjet_tst_a_TNT"]}
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(
+        script, "prepared", lambda case, precision, device: (asked.append(precision) or case.module, x := torch.ones(2, 24, 32), x)
+    )
+    monkeypatch.setattr(script, "compiled", lambda module, x: (lambda: module(x), {}))
+    monkeypatch.setattr(script, "kernels", lambda call: ran[asked[-1]])
+    monkeypatch.setattr(script, "recorded", lambda call: None)
+    monkeypatch.setattr(script, "replayed", lambda recording: 2.5)
+    case = script.Case("block", "block", script.Block(32, 2), (2, 24, 32), products=4)
+    bf16, int8, fp8 = script.rows_of(case, 3, torch.device("cpu"))
+    assert (bf16["executed"], bf16["confirmed"], bf16["median_us"], bf16["n"]) == ("bf16 x4", True, 2.5, 3)
+    assert (int8["executed"], int8["confirmed"]) == ("bf16 x1 int8 x3", False)
+    assert (fp8["executed"], fp8["skipped"]) == ("", "fp8 needs compute capability 8.9, this GPU has 8.6")
+    monkeypatch.setattr(script, "kernels", lambda call: 1 / 0)
+    assert {row["skipped"] for row in script.rows_of(case, 3, torch.device("cpu"))[:2]} == {"ZeroDivisionError: division by zero"}
+
+
 def test_median_and_quartiles(script):
     assert script.spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median_us": 3.0, "low_us": 2.0, "high_us": 4.0, "n": 5}
 
