@@ -172,7 +172,8 @@ def test_a_network_by_name_is_timed_without_data(capsys, tmp_path):
     wrong = (*named, "--save", str(file), "--judge", "-1")
     assert "give at least 1 policy to fit on, and 0 or more to judge" in said(capsys, "profile", *wrong, code=2)
     gpu = ("--model", "digits_cnn", "--shape", "1x8x8", "--target", "nvidia-gpu", "--measure", "--save", str(file))
-    assert "nothing here measures its latency" in said(capsys, "profile", *gpu, code=2)
+    refused = said(capsys, "profile", *gpu, code=2)
+    assert "target nvidia-gpu: tables of whole networks are not measured on GPUs; benchmarks/gpu_latency.py times single layers" in refused
     ignored = ("--model", "digits_cnn", "--data", "digits", "--measure", "--save", str(file), "--sensitivity")
     assert "--sensitivity has no meaning for it" in said(capsys, "profile", *ignored, code=2)
 

@@ -1,6 +1,9 @@
 """Mixed widths as a circuit: hls4ml's C++ is compiled and its answers are the network's, bit for bit."""
 
+import faulthandler
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -60,6 +63,96 @@ def test_a_convolutional_network_of_mixed_widths_is_bit_exact_in_c(tmp_path):
     images = torch.randint(0, 17, (32, 1, 8, 8)).float() / 16
     quantized, circuit = circuit_of(tmp_path, net, images, [(8, 5), (3, 4), (4, 6)])
     assert compare(circuit, quantized, images).exact
+
+
+class Averaging(nn.Module):
+    """Convolutions whose pixels are averaged; as many channels as pixels in a row, or not."""
+
+    def __init__(self, channels, *, named):
+        super().__init__()
+        self.named, self.pool = named, nn.AdaptiveAvgPool2d(1)
+        self.a, self.b, self.fc = nn.Conv2d(1, 4, 3), nn.Conv2d(4, channels, 3, padding=1), nn.Linear(channels, 3)
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu()).relu()
+        return self.fc(self.pool(y).flatten(1) if self.named else y.mean((2, 3)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.parametrize(("channels", "side", "named"), [(4, 6, False), (6, 5, True)])
+def test_a_global_average_is_bit_exact_in_c(tmp_path, channels, side, named):
+    pytest.importorskip("hls4ml", reason=ABSENT)
+    from bitwright.fpga import compare
+
+    torch.manual_seed(0)
+    images = torch.randint(0, 17, (32, 1, side, side)).float() / 16
+    net = Averaging(channels, named=named).eval()
+    quantized, circuit = circuit_of(tmp_path, net, images, [(8, 5), (3, 4), (4, 6)], points=["pool"])
+    assert compare(circuit, quantized, images).exact
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_layer_without_a_bias_and_one_of_one_bit_are_bit_exact_in_c(tmp_path, width):
+    pytest.importorskip("hls4ml", reason=ABSENT)
+    from bitwright.fpga import compare
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 8, bias=width == 1), nn.ReLU(), nn.Linear(8, 5)).eval(), torch.randn(64, 16)
+    quantized, circuit = circuit_of(tmp_path, net, x, [(width, 8), (3, 5)])
+    assert compare(circuit, quantized, x).exact
+
+
+def test_a_convolution_of_one_bit_is_refused(tmp_path):
+    pytest.importorskip("hls4ml", reason=ABSENT)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    with pytest.raises(ExportError, match=r"net.qonnx: the weight of the convolution '0' has one bit, .*; give it 2 bits or more"):
+        circuit_of(tmp_path, net, torch.rand(4, 1, 8, 8), [(1, 8), (4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; give what the exporter qonnx wrote"),
+        (b"{}", "is no ONNX model"),
+        ("plain", "has no Quant node; give what the exporter qonnx wrote"),
+    ],
+)
+def test_other_files_are_one_message(tmp_path, content, message):
+    pytest.importorskip("hls4ml", reason=ABSENT)
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from bitwright.fpga import to_hls4ml
+
+    file = tmp_path / "net.qonnx"
+    if content == "plain":
+        ends = [[onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4])] for name in ("x", "y")]
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "plain", *ends)
+        content = onnx.helper.make_model(graph).SerializeToString()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ExportError, match=message):
+        to_hls4ml(file, tmp_path / "project")
+
+
+class Dying:
+    """A circuit whose code ends its process."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def predict(self, images):
+        faulthandler.disable()  # pytest's, which would print where
+        self.end()
+
+
+@pytest.mark.parametrize(
+    ("end", "message"), [(lambda: os.kill(os.getpid(), signal.SIGILL), "died of SIGILL"), (lambda: os._exit(3), "status 3")]
+)
+def test_a_simulation_that_dies_is_an_error(end, message):
+    from bitwright.fpga import simulate
+
+    with pytest.raises(ExportError, match=rf"the C simulation .*{message}; hls4ml wrote code that cannot run"):
+        simulate(Dying(end), torch.zeros(1, 4))
 
 
 def test_scales_of_channels_are_refused(tmp_path):

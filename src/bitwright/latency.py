@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import lsq_linear
 from torch import Tensor, nn
@@ -301,9 +300,7 @@ def measure_table(
     from bitwright.timing import Stopwatch  # noqa: PLC0415  (needs the extras of the runtimes)
 
     if target.latency is None:
-        why = skipped_on_gpu() if target.name == "nvidia-gpu" else None
-        why = "" if why is None else f" ({why})"
-        raise TargetError(f"target {target.name}: nothing here measures its latency{why}; take openvino-x86 or onnxruntime-x86")
+        raise TargetError(f"target {target.name}: {_unmeasured(target)}; take openvino-x86 or onnxruntime-x86")
     classes = {
         site.name: {bits: str(target.runs(site, bits)) for bits in choices[site.name] if target.runs(site, bits)} for site in trace.sites
     }
@@ -429,13 +426,11 @@ def _prior(
     return np.array([*prior, 0.01 * mean, 0.1 * mean])
 
 
-def skipped_on_gpu() -> str | None:
-    """Return why nothing is measured on a GPU here; None where there is one.
-
-    >>> skipped_on_gpu() is None or "GPU" in skipped_on_gpu()
-    True
-    """
-    return None if torch.cuda.is_available() else "no CUDA GPU is here, so INT8, FP8 and bf16 layers are not timed on one"
+def _unmeasured(target: Target) -> str:
+    """Return why there are no latency tables of a target."""
+    if target.name == "nvidia-gpu":
+        return "tables of whole networks are not measured on GPUs; benchmarks/gpu_latency.py times single layers on a CUDA device"
+    return "nothing here measures its latency"
 
 
 __all__ = ["FILE", "Table", "Timing", "fit", "measure_table", "spreads"]

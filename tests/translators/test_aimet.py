@@ -124,5 +124,33 @@ def test_messages(graph):
             understand(json.dumps({**DOCUMENTED, **change}), "aimet", subject, graph=graph)
 
 
+def changed(entry, **values):
+    return {**entry, **values}
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        ("activation_encodings", lambda old: [*old, changed(old[0], name="a")], "quantize 'a', which no layer of a site reads"),
+        ("activation_encodings", lambda old: [*old, changed(old[0], name="y", bw=4)], "quantize 'y', which no layer of a site reads"),
+        ("activation_encodings", lambda old: [*old, changed(old[0], bw=4)], "the file of aimet has 'x' twice; keep one"),
+        ("param_encodings", lambda old: [*old, changed(old[0], bw=3)], "the file of aimet has 'conv1.weight' twice; keep one"),
+        ("param_encodings", lambda old: [*old[:3], changed(old[3], bw=4)], "give 'fc.bias' 4 bits, and a policy leaves biases as they are"),
+        (
+            "param_encodings",
+            lambda old: [changed(old[0], bw=16), *old[1:]],
+            "gives conv1.weight 16 bits, and a policy has integers of 1 to 8",
+        ),
+        ("param_encodings", lambda old: [changed(old[0], bw=4.5), *old[1:]], "gives conv1.weight 4.5 bits"),
+        ("param_encodings", lambda old: [changed(old[0], enc_type="PER_BLOCK"), *old[1:]], "have 'PER_BLOCK' scales for 'conv1.weight'"),
+        ("param_encodings", lambda old: [changed(old[0], block_size=16), *old[1:]], "has 'block_size' in the encoding of 'conv1.weight'"),
+    ],
+)
+def test_what_a_policy_cannot_say_is_refused(graph, part, entries, message):
+    _, subject = convolutional()
+    with pytest.raises(PolicyError, match=message):
+        understand(json.dumps({**DOCUMENTED, part: entries(DOCUMENTED[part])}), "aimet", subject, graph=graph)
+
+
 def test_policies_hold_what_encodings_hold():
     assert Policy({"a": (2, 8)})["a"] == Bits(2, 8)

@@ -44,6 +44,15 @@ def test_compressed_tensors_applies_the_file():
         ({"targets": ["re:fc.*"]}, "has the pattern 're:fc"),
         ({"weights": {"num_bits": 8, "type": "float"}}, "has 'float' numbers, and a policy has integers"),
         ({"output_activations": {"num_bits": 8}}, "quantizes outputs, which a policy does not"),
+        ({"weights": {"num_bits": 16, "type": "int"}}, "gives the weights of 'group_0' 16 bits, and a policy has integers of 1 to 8"),
+        ({"weights": {"num_bits": 32}}, "gives the weights of 'group_0' 32 bits"),
+        ({"weights": {"num_bits": 8.7}}, "gives the weights of 'group_0' 8.7 bits"),
+        ({"weights": {"num_bits": 8, "strategy": "group", "group_size": 16}}, "has scales by 'group' in the weights of 'group_0'"),
+        (
+            {"weights": {"num_bits": 8, "group_size": 16}},
+            "has 'group_size' in the weights of 'group_0', which a policy cannot say; remove it",
+        ),
+        ({"targets": ["fc1", "block.fc"]}, "gives 'block.fc' W3A8 and ignores it; leave one of them out"),
         ({"targets": ["fc1", "fc10"]}, "gives 'fc10' W3A8 and W4A32; keep one"),
     ],
 )
@@ -53,6 +62,23 @@ def test_what_a_policy_cannot_say_is_refused(change, message):
     data["config_groups"]["group_0"].update(change)
     with pytest.raises(PolicyError, match=message):
         understand(json.dumps(data), "compressed-tensors", subject)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8}}, "has 'kv_cache_scheme' in the file, which a policy cannot say; remove it"),
+        ({"sparsity_config": {"format": "sparse"}}, "has 'sparsity_config' in the file"),
+        ({"quant_method": "gptq"}, "the file is one of 'gptq', not of compressed-tensors"),
+    ],
+)
+def test_what_is_said_beside_the_groups_is_refused(change, message):
+    _, subject = perceptron()
+    data = json.loads(translate(policy_of(subject, *MIXED), "compressed-tensors", subject))
+    empty = {**data, "kv_cache_scheme": None, "sparsity_config": {}, "version": "0.20"}
+    assert understand(json.dumps(empty), "compressed-tensors", subject) == policy_of(subject, *MIXED)
+    with pytest.raises(PolicyError, match=message):
+        understand(json.dumps({**data, **change}), "compressed-tensors", subject)
 
 
 def test_a_name_that_is_a_class_is_refused():

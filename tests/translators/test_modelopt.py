@@ -74,6 +74,24 @@ def test_a_transposed_convolution_has_its_channels_on_the_other_axis():
             [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "fc.weight_quantizer", "cfg": {"num_bits": [4, 3]}}],
             r"gives fc.weight_quantizer \[4, 3\] bits, and a policy has integers",
         ),
+        (
+            [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "fc.weight_quantizer", "cfg": {"num_bits": 16}}],
+            r"gives fc.weight_quantizer 16 bits, and a policy has integers of 1 to 8 \(its 16 is bfloat16, its 32 float32\)",
+        ),
+        (
+            [
+                {"quantizer_name": "*", "enable": False},
+                {"quantizer_name": "fc.weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {"-1": 16}}},
+            ],
+            "has 'block_sizes' in fc.weight_quantizer, which a policy cannot say; remove it",
+        ),
+        (
+            [
+                {"quantizer_name": "*", "enable": False},
+                {"quantizer_name": "fc.weight_quantizer", "parent_class": "nn.Conv2d", "cfg": {"num_bits": 4}},
+            ],
+            "has 'parent_class' in the entry of fc.weight_quantizer",
+        ),
     ],
 )
 def test_what_a_policy_cannot_say_is_refused(entries, message):

@@ -138,3 +138,50 @@ def test_an_override_of_no_layer_is_refused(graph):
     data["TensorQuantOverrides"]["e2"] = [{"quant_type": "QInt8"}]
     with pytest.raises(PolicyError, match="overrides 'e2', which no layer of a site reads"):
         understand(json.dumps(data), "onnxruntime-overrides", subject, graph=graph)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodes_to_exclude": ["fc1"]}, "excludes 'fc1', which is no node of the graph; did you mean 'fc'"),
+        ({"op_types_to_quantize": ["Conv", "Gemm", "Add"]}, "quantizes 'Add', for which a policy has no sites"),
+        ({"extra": {"a": 1}}, "has 'extra' in the file, which a policy cannot say"),
+    ],
+)
+def test_what_is_said_beside_the_overrides_is_refused(graph, change, message):
+    _, subject = convolutional()
+    data = json.loads(translate(policy_of(subject, *PAIRS), "onnxruntime-overrides", subject, graph=graph))
+    data["nodes_to_exclude"] += ["relu1"]  # a node that nothing quantizes anyway
+    assert understand(json.dumps(data), "onnxruntime-overrides", subject, graph=graph) == policy_of(subject, *PAIRS)
+    with pytest.raises(PolicyError, match=message):
+        understand(json.dumps({**data, **change}), "onnxruntime-overrides", subject, graph=graph)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"quant_type": "QInt8"}, {"quant_type": "QInt4"}], "gives channels of 'conv1.weight' QInt8 and QInt4"),
+        ([{"quant_type": "QUInt16"}], "gives 'conv1.weight' 'QUInt16', which a policy cannot say; it has QInt4"),
+        ([{"quant_type": "QInt8", "reduce_range": True}], "has 'reduce_range' in the override of 'conv1.weight'"),
+    ],
+)
+def test_an_override_that_a_policy_cannot_say_is_refused(graph, entries, message):
+    _, subject = convolutional()
+    data = json.loads(translate(policy_of(subject, *PAIRS), "onnxruntime-overrides", subject, graph=graph))
+    data["TensorQuantOverrides"]["conv1.weight"] = entries
+    with pytest.raises(PolicyError, match=message):
+        understand(json.dumps(data), "onnxruntime-overrides", subject, graph=graph)
+
+
+def test_a_layer_of_two_inputs_has_one_width(graph, tmp_path):
+    import onnx
+
+    model = onnx.load(graph)
+    model.graph.node.append(onnx.helper.make_node("Conv", ["b", "conv1.weight", "conv1.bias"], ["again"], name="conv1_again"))
+    onnx.save(model, tmp_path / "twice.onnx")
+    _, subject = convolutional()
+    place = {"graph": str(tmp_path / "twice.onnx")}
+    data = json.loads(translate(policy_of(subject, (8, 8), (8, 8), FLOAT), "onnxruntime-overrides", subject, **place))
+    data["TensorQuantOverrides"]["x"] = [{"quant_type": "QUInt4"}]
+    with pytest.raises(PolicyError, match="gives the inputs of 'conv1' 4, 8 bits; a policy has one width"):
+        understand(json.dumps(data), "onnxruntime-overrides", subject, **place)

@@ -35,7 +35,6 @@ def test_torchao_applies_the_file():
     ("entry", "bits"),
     [
         ({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}, Bits(8, 32)),
-        ({"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}}, Bits(4, 32)),
         ({"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": {}}, Bits(8, 8)),
         ({"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {}}, Bits(8, 32)),
     ],
@@ -51,6 +50,27 @@ def test_other_configurations_are_read(entry, bits):
     [
         ("re:fc.*", None, "has the pattern 're:fc"),
         ("_default", None, "has the pattern '_default'"),
+        ("fc1", {"_type": "Int4WeightOnlyConfig", "_data": {}}, "'Int4WeightOnlyConfig' of 'fc1' .* has scales for groups of weights"),
+        (
+            "fc1",
+            {"_type": "IntxWeightOnlyConfig", "_data": {"granularity": {"_type": "PerGroup", "_data": {"group_size": 32}}}},
+            "'IntxWeightOnlyConfig' of 'fc1' has the granularity 'PerGroup'; a policy cannot say groups",
+        ),
+        (
+            "fc1",
+            {"_type": "Int8DynamicActivationIntxWeightConfig", "_data": {}},
+            "'fc1' has the granularity 'PerGroup', which it has by default",
+        ),
+        (
+            "fc1",
+            {"_type": "Int8WeightOnlyConfig", "_data": {"group_size": 64}},
+            "has 'group_size' in Int8WeightOnlyConfig of 'fc1', which a policy cannot say; remove it",
+        ),
+        (
+            "fc1",
+            {"_type": "IntxWeightOnlyConfig", "_data": {"weight_dtype": {"_data": "uint4"}}},
+            "weights of 'fc1' are 'uint4', which a policy cannot say; it has int1, int2",
+        ),
         ("fc1", {"_type": "Float8WeightOnlyConfig", "_data": {}}, "torchao's 'Float8WeightOnlyConfig' of 'fc1' has no integer widths"),
     ],
 )
@@ -64,3 +84,13 @@ def test_another_configuration_is_no_fqn_to_config():
     _, subject = perceptron()
     with pytest.raises(PolicyError, match="holds a 'Int8WeightOnlyConfig', expected a FqnToConfig of torchao"):
         understand(json.dumps({"_type": "Int8WeightOnlyConfig", "_data": {}}), "torchao", subject)
+
+
+def test_two_maps_of_layers_must_be_one():
+    _, subject = perceptron()
+    entry = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
+    data = {"fqn_to_config": {"fc1": entry}, "module_fqn_to_config": {"fc1": entry}}
+    assert understand(json.dumps({"_type": "FqnToConfig", "_data": data}), "torchao", subject)["fc1"] == Bits(8, 32)
+    data["module_fqn_to_config"] = {"fc1": entry, "fc": entry}
+    with pytest.raises(PolicyError, match="fqn_to_config and module_fqn_to_config differ at 'fc'; keep one of them"):
+        understand(json.dumps({"_type": "FqnToConfig", "_data": data}), "torchao", subject)

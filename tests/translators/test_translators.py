@@ -174,6 +174,13 @@ def test_anything_else_is_no_file_of_the_format(name, text):
         understand(text, name, subject)
 
 
+def test_a_key_twice_is_refused():
+    _, subject = perceptron()
+    text = translate(policy_of(subject, *[(8, 8)] * 4), "torchao", subject)
+    with pytest.raises(PolicyError, match="the file of torchao has 'fc1' twice; keep one"):
+        understand(text.replace('"fc10"', '"fc1"'), "torchao", subject)
+
+
 def test_a_huge_file_is_refused_unread(monkeypatch):
     monkeypatch.setattr("bitwright.translators.LARGEST", 10)
     with pytest.raises(PolicyError, match="has 11 characters, more than a policy can have"):

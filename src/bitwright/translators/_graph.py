@@ -27,6 +27,11 @@ def operators(graph: str, of: str) -> Mapping[str, str]:
     return {node.name: str(node.op_type) for node in _loaded(graph, of).graph.node if node.op_type in OPERATORS}
 
 
+def named_nodes(graph: str, of: str) -> frozenset[str]:
+    """Return the names of all nodes of a graph; raises as `places` does."""
+    return frozenset(node.name for node in _loaded(graph, of).graph.node)
+
+
 def tensors(graph: str, of: str) -> frozenset[str]:
     """Return the names of all tensors of a graph; raises as `places` does."""
     loaded = _loaded(graph, of).graph

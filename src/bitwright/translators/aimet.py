@@ -18,9 +18,15 @@ from bitwright.policy import Bits
 from bitwright.quant.modules import QuantLayer, named_quant_layers
 from bitwright.translators import FLOAT, Layer, Subject, Translator, integer_widths
 from bitwright.translators._graph import places, tensors, widths_of_inputs
+from bitwright.translators._reading import integers, loaded, once, one_width, only
 
 _WIDTHS = (*range(2, 9), 32)
 _VERSION = "1.0.0"
+_KEYS = ("version", "param_encodings", "activation_encodings", "excluded_layers", "quantizer_args")
+_ENTRY = ("name", "dtype", "enc_type", "bw", "is_sym", "scale", "offset")
+_TYPES = ("PER_TENSOR", "PER_CHANNEL")
+_BIAS = 32
+"""Bits of a bias that is as good as float."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +71,52 @@ class Aimet(Translator):
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
         """Return the bits by layer path."""
-        data = json.loads(text)
+        data = loaded(text, self.name)
         if data["version"] != _VERSION:
             raise PolicyError(f"policy: encodings of version {data['version']!r}; export version '{_VERSION}'")
-        weights = {_path(entry["name"]): _width(entry) for entry in data["param_encodings"] if not entry["name"].endswith(".bias")}
+        only(data, _KEYS, "the file", self.name)
+        weights = _weights(data["param_encodings"], self.name)
         for excluded in data.get("excluded_layers", []):
             if excluded in weights:
                 raise PolicyError(
                     f"policy: the encodings give '{excluded}' a weight and exclude it from quantization; leave one of them out"
                 )
-        inputs = {entry["name"]: _width(entry) for entry in data["activation_encodings"]}
+        once([entry["name"] for entry in data["activation_encodings"]], self.name)
+        inputs = {entry["name"]: _width(entry, self.name) for entry in data["activation_encodings"]}
+        read = self._read(inputs, subject) if inputs else {}
+        return {path: Bits(weights.get(path, 32), read.get(path, 32)) for path in dict.fromkeys([*weights, *read])}
+
+    def _read(self, inputs: Mapping[str, int], subject: Subject) -> dict[str, int]:
+        """Return the width of each layer's input; every encoding must be of a tensor that a layer reads."""
         layers = [Layer(path, site, FLOAT) for site in subject.sites for path in site.layers if "#" not in path]
-        found = places(self.graph, layers, self.name) if inputs else {}
-        unknown = sorted(inputs.keys() - tensors(self.graph, self.name)) if inputs else []
+        found = places(self.graph, layers, self.name)
+        unknown = sorted(inputs.keys() - tensors(self.graph, self.name))
         if unknown:
             raise PolicyError(
                 f"policy: the encodings name the activation '{unknown[0]}', which is no tensor of the graph; give its own graph"
             )
-        read = {path: max((inputs.get(tensor, 32) for tensor in place.inputs), default=32) for path, place in found.items()}
-        return {path: Bits(weights.get(path, 32), read.get(path, 32)) for path in dict.fromkeys([*weights, *read])}
+        unread = sorted(inputs.keys() - {tensor for place in found.values() for tensor in place.inputs})
+        if unread:
+            named = ", ".join(map(repr, unread[:5])) + (", …" if len(unread) > 5 else "")
+            raise PolicyError(
+                f"policy: the encodings quantize {named}, which no layer of a site reads; a policy has widths of sites' inputs: remove them"
+            )
+        return {
+            path: one_width(path, [inputs.get(tensor, 32) for tensor in place.inputs], self.name)
+            for path, place in found.items()
+            if place.inputs
+        }
+
+
+def _weights(entries: Sequence[Mapping[str, Any]], of: str) -> dict[str, int]:
+    """Return the width of each layer's weight; a bias may only have the 32 bits that change nothing."""
+    once([entry["name"] for entry in entries], of)
+    for entry in entries:
+        if entry["name"].endswith(".bias") and entry["bw"] != _BIAS:
+            raise PolicyError(
+                f"policy: the encodings give {entry['name']!r} {entry['bw']!r} bits, and a policy leaves biases as they are; remove it"
+            )
+    return {_path(entry["name"]): _width(entry, of) for entry in entries if not entry["name"].endswith(".bias")}
 
 
 def _weight(layer: Layer, shell: QuantLayer) -> dict[str, Any]:
@@ -116,7 +149,11 @@ def _path(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _width(entry: Mapping[str, Any]) -> int:
+def _width(entry: Mapping[str, Any], of: str) -> int:
+    name = entry["name"]
     if entry["dtype"] != "INT":
-        raise PolicyError(f"policy: the encodings have {entry['dtype']!r} numbers for {entry['name']!r}, and a policy has integers")
-    return int(entry["bw"])
+        raise PolicyError(f"policy: the encodings have {entry['dtype']!r} numbers for {name!r}, and a policy has integers")
+    if entry.get("enc_type", _TYPES[0]) not in _TYPES:
+        raise PolicyError(f"policy: the encodings have {entry['enc_type']!r} scales for {name!r}; a policy cannot say them, only {_TYPES}")
+    only(entry, _ENTRY, f"the encoding of {name!r}", of)
+    return integers(entry["bw"], name, of)

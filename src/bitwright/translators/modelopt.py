@@ -16,9 +16,13 @@ from typing import Any, ClassVar
 from bitwright.errors import PolicyError, nearest
 from bitwright.policy import Bits
 from bitwright.translators import FLOAT, Layer, Subject, Translator, exact_name, integer_widths
+from bitwright.translators._reading import integers, loaded, only
 
 _WIDTHS = (*range(1, 9), 32)
 _PARTS = ("weight_quantizer", "input_quantizer")
+_KEYS = ("quant_cfg", "algorithm")
+_ENTRY = ("quantizer_name", "cfg", "enable")
+_ATTRIBUTES = ("num_bits", "axis", "unsigned", "narrow_range", "fake_quant", "calibrator", "type")
 ALGORITHMS = ("max", "mse", "smoothquant", "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq", "local_hessian", "lsq")
 """How ModelOpt 0.47 calibrates integers, by its own names."""
 
@@ -57,19 +61,26 @@ class ModelOpt(Translator):
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
         """Return the bits by layer path."""
-        entries = json.loads(text)["quant_cfg"]
+        data = loaded(text, self.name)
+        entries = data["quant_cfg"]
         if not isinstance(entries, list) or entries[:1] != [{"quantizer_name": "*", "enable": False}]:
             raise PolicyError("policy: the file of modelopt does not begin by switching all quantizers off; what it leaves out is unknown")
+        only(data, _KEYS, "the file", self.name)
         widths: dict[str, dict[str, int]] = {}
         for entry in entries[1:]:
             path, _, part = _unescaped(entry["quantizer_name"], self.name).rpartition(".")
             if part not in _PARTS:
                 raise PolicyError(f"policy: the file of modelopt sets {path}.{part}, which a policy has no width for")
-            number = entry["cfg"]["num_bits"] if entry.get("enable", True) else 32
-            if not isinstance(number, int):
-                raise PolicyError(f"policy: the file of modelopt gives {path}.{part} {number!r} bits, and a policy has integers")
-            widths.setdefault(path, {})[part] = number
+            only(entry, _ENTRY, f"the entry of {path}.{part}", self.name)
+            widths.setdefault(path, {})[part] = _width(entry, f"{path}.{part}", self.name)
         return {path: Bits(own.get(_PARTS[0], 32), own.get(_PARTS[1], 32)) for path, own in widths.items()}
+
+
+def _width(entry: Mapping[str, Any], where: str, of: str) -> int:
+    if not entry.get("enable", True):
+        return 32
+    only(entry["cfg"], _ATTRIBUTES, where, of)
+    return integers(entry["cfg"]["num_bits"], where, of)
 
 
 def _unescaped(pattern: str, of: str) -> str:

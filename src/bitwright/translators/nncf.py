@@ -20,6 +20,7 @@ from bitwright.errors import PolicyError
 from bitwright.policy import Bits
 from bitwright.sites import Site
 from bitwright.translators import FLOAT, Layer, Subject, Translator
+from bitwright.translators._reading import loaded, only
 
 _CALLS: Mapping[Bits, tuple[str, dict[str, Any]]] = {
     Bits(8, 8): ("quantize", {}),
@@ -71,9 +72,10 @@ class Nncf(Translator):
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
         """Return the bits by layer path."""
-        data = json.loads(text)
+        data = loaded(text, self.name)
         arguments = dict(data["arguments"])
         scope = arguments.pop("ignored_scope")
+        only(data, ("call", "arguments"), "the file", self.name)
         if set(scope) - {"names", "validate"}:
             raise PolicyError("policy: the file of nncf ignores by patterns or types; a policy names layers one by one")
         pairs = [bits for bits, known in _CALLS.items() if known == (data["call"], arguments)]

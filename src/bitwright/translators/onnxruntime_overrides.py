@@ -8,18 +8,21 @@ node's weight and input together, in 4 or 8 bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bitwright.errors import PolicyError
+from bitwright.errors import PolicyError, nearest
 from bitwright.policy import Bits
 from bitwright.translators import FLOAT, Layer, Subject, Translator, integer_widths
-from bitwright.translators._graph import operators, places, widths_of_inputs
+from bitwright.translators._graph import OPERATORS, named_nodes, operators, places, widths_of_inputs
+from bitwright.translators._reading import loaded, one_width, only
 
 _WEIGHTS = {4: "QInt4", 8: "QInt8"}
 _INPUTS = {4: "QUInt4", 8: "QUInt8"}
+_KEYS = ("TensorQuantOverrides", "op_types_to_quantize", "nodes_to_exclude")
+_ENTRY = ("quant_type", "axis", "symmetric", "rmin", "rmax", "scale", "zero_point")
 _BITS = {"QInt4": 4, "QUInt4": 4, "QInt8": 8, "QUInt8": 8}
 
 
@@ -58,10 +61,12 @@ class OnnxRuntimeOverrides(Translator):
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
         """Return the bits by layer path."""
-        data = json.loads(text)
+        data = loaded(text, self.name)
         overrides, excluded = data["TensorQuantOverrides"], set(data["nodes_to_exclude"])
+        only(data, _KEYS, "the file", self.name)
         nodes = operators(self.graph, self.name)
         types = data.get("op_types_to_quantize", list(nodes.values()))  # files of earlier versions leave them to the caller
+        _check_known(excluded, types, self.graph, self.name)
         excluded |= {node for node, kind in nodes.items() if kind not in types}
         layers = [Layer(path, site, FLOAT) for site in subject.sites for path in site.layers if "#" not in path]
         found, bits, used = places(self.graph, layers, self.name), dict[str, Bits](), set[str]()
@@ -70,10 +75,33 @@ class OnnxRuntimeOverrides(Translator):
                 continue
             if set(place.nodes) & excluded:
                 raise PolicyError(f"policy: the file of {self.name} leaves out some nodes of '{path}', and a policy all or none")
-            widths = [_BITS[overrides[tensor][0]["quant_type"]] for tensor in (place.weight, *place.inputs)]
-            bits[path] = Bits(widths[0], max(widths[1:]))
+            weight, *inputs = (_width(tensor, overrides[tensor], self.name) for tensor in (place.weight, *place.inputs))
+            bits[path] = Bits(weight, one_width(path, inputs, self.name))
             used.update((place.weight, *place.inputs))
         unknown = [tensor for tensor in overrides if tensor not in used]
         if unknown:
             raise PolicyError(f"policy: the file of {self.name} overrides {unknown[0]!r}, which no layer of a site reads")
         return bits
+
+
+def _check_known(excluded: Collection[str], types: Collection[str], graph: str, of: str) -> None:
+    """Raise `PolicyError` for an excluded node that is not there, or a quantized type of operator that sites do not have."""
+    nodes = named_nodes(graph, of)
+    for node in sorted(set(excluded) - nodes):
+        raise PolicyError(f"policy: the file of {of} excludes {node!r}, which is no node of the graph; {nearest(node, nodes)}")
+    for kind in sorted(set(types) - OPERATORS):
+        known = ", ".join(sorted(OPERATORS))
+        raise PolicyError(f"policy: the file of {of} quantizes {kind!r}, for which a policy has no sites; it has {known}")
+
+
+def _width(tensor: str, entries: Sequence[Mapping[str, Any]], of: str) -> int:
+    """Return the width of a tensor; entries beyond the first are of its channels, and must have the type of the first."""
+    first = entries[0]["quant_type"]
+    for entry in entries:
+        kind = entry.get("quant_type", first)
+        if kind != first:
+            raise PolicyError(f"policy: the file of {of} gives channels of {tensor!r} {first} and {kind}; a policy has one width for all")
+        only(entry, _ENTRY, f"the override of {tensor!r}", of)
+    if first not in _BITS:
+        raise PolicyError(f"policy: the file of {of} gives {tensor!r} {first!r}, which a policy cannot say; it has {', '.join(_BITS)}")
+    return _BITS[first]
