@@ -93,7 +93,7 @@ class Onnx(Exporter):
         """Write the file; raises `ExportError` for a call that has no ONNX form here."""
         onnx = required("onnx")
         written = self._written(source)
-        stamp(onnx, written.model, source, written.program, written.emitted, allowed_outputs(written.program, self.outputs))
+        stamp(onnx, written.model, source, written.program, written.emitted, allowed_outputs(written.program, self.outputs), run_session)
         data = written.model.SerializeToString(deterministic=True)
         path.write_bytes(data)
         sizes = {tensor.name: len(tensor.raw_data) for tensor in written.model.graph.initializer}

@@ -26,10 +26,10 @@ from bitwright.errors import ExportError
 from bitwright.exporters import Check, Exporter, Source, TensorCheck, Verification, outputs
 from bitwright.exporters._emission import ActivationForm, Form, Grid
 from bitwright.exporters._graph import capture, kind_of
-from bitwright.exporters._onnx_file import answer_gap, content_of_text, content_text
+from bitwright.exporters._onnx_file import answer_gap, content_of_text, content_text, sample_inputs
 from bitwright.exporters._parity import Share, output_gaps
 from bitwright.exporters._rewrite import rewrite, spatial_mean
-from bitwright.exporters._sample import SAMPLES, sample_of
+from bitwright.exporters._sample import SAMPLES
 from bitwright.exporters._writing import Writer
 from bitwright.exporters.onnx import QDQ, Written, inputs_of, required, written
 from bitwright.policy import Bits
@@ -77,7 +77,10 @@ class OpenVINO(Exporter):
         made = converted(source)
         runtime = library()
         model = runtime.Core().read_model(made.model.SerializeToString())
-        content = content_text(source, made.program, made.emitted, self.outputs, FORMAT)
+        compiled = compile_model(model, made.emitted.layers)
+        content = content_text(
+            source, made.program, made.emitted, self.outputs, lambda inputs: compiled(inputs)[compiled.outputs[0]], FORMAT
+        )
         model.set_rt_info(json.dumps(runtime_options(made.emitted.layers)), ["bitwright", "runtime_options"])
         model.set_rt_info(content, ["bitwright", "content"])
         model.set_rt_info(BLANK, ["bitwright", "sha256"])
@@ -246,7 +249,7 @@ def verify(path: Path, weights: Path) -> Verification:
         rows = [_count(constants, *entry) for entry in content["weights"]]
         layers = {name: Bits(*bits) for name, bits in content["layers"].items()}
         compiled = compile_model(model, layers)
-        found = compiled([sample_of(shape, dtype) for shape, dtype in content["sample"]["inputs"]])[compiled.outputs[0]]
+        found = compiled(sample_inputs(content))[compiled.outputs[0]]
         gap = answer_gap(content["sample"]["answer"], found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ExportError(f"{path.name}: its metadata do not fit its graph ({type(error).__name__}: {str(error)[:80]})") from None
