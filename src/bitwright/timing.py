@@ -19,7 +19,7 @@ from bitwright.exporters._emission import Coded, Emission, Form
 from bitwright.exporters._graph import capture
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer, text
-from bitwright.exporters.onnx import QDQ, required, session, written
+from bitwright.exporters.onnx import QDQ, executed_precision, refuse_integers, required, session, written
 from bitwright.exporters.openvino import DOMAIN, FORM, compile_model, library
 from bitwright.latency import Timing
 from bitwright.policy import Bits, Policy
@@ -77,7 +77,7 @@ class Stopwatch:
         rewrite(self.program)
 
     def prepare(self, policy: Policy) -> Run:
-        """Return what runs one sample at a policy."""
+        """Return what runs one sample at a policy; raises `ExportError` where ONNX Runtime runs float layers of it in integers."""
         layers = {layer: policy[site.name] for site in self.trace.sites for layer in site.layers}
         openvino = self.target.latency == "openvino"
         form = FORM if openvino else Form(QDQ())
@@ -91,6 +91,7 @@ class Stopwatch:
             compiled = compile_model(library().Core().read_model(data), layers)
             request, inputs = compiled.create_infer_request(), [self.sample.numpy()]
             return lambda: request.infer(inputs)
+        refuse_integers(executed_precision(made.model, list(layers)), layers)
         running, given = session(data), {self.program.inputs[0]: self.sample.numpy()}
         return lambda: running.run(None, given)
 

@@ -25,7 +25,7 @@ def test_a_policy_comes_back(graph):
     text = translate(policy, "onnxruntime-overrides", subject, graph=graph)
     data = json.loads(text)
     assert data["nodes_to_exclude"] == ["layer_0"]
-    assert data["op_types_to_quantize"] == ["Conv", "Gemm"]
+    assert data["op_types_to_quantize"] == data["OpTypesToExcludeOutputQuantization"] == ["Conv", "Gemm"]
     assert understand(text, "onnxruntime-overrides", subject, graph=graph) == policy
     with pytest.raises(PolicyError, match=r"overrides 'fc.weight', which no layer of a site reads"):  # a Gemm is left in float
         understand(json.dumps({**data, "op_types_to_quantize": ["Conv"]}), "onnxruntime-overrides", subject, graph=graph)
@@ -48,8 +48,27 @@ def test_a_layer_that_is_left_out_in_part_is_refused(graph, tmp_path):
         understand(json.dumps(data), "onnxruntime-overrides", subject, graph=str(tmp_path / "twice.onnx"))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_onnxruntime_applies_the_file(graph, tmp_path, transposed):
+ORDERS = [PAIRS, ((4, 8), (8, 8), (32, 32)), ((8, 8), (32, 32), (32, 32)), ((32, 32), (4, 4), (8, 8))]
+
+
+@pytest.mark.parametrize("pairs", ORDERS)
+def test_onnxruntime_applies_the_file(graph, tmp_path, pairs):
+    _, subject = convolutional()
+    policy = policy_of(subject, *pairs)
+    model = quantized(tmp_path / "quantized.onnx", graph, translate(policy, "onnxruntime-overrides", subject, graph=graph))
+    assert applied(model, {"conv1": "conv1", "layer.0": "layer_0", "fc": "fc"}) == dict(policy)
+
+
+def test_onnxruntime_applies_the_file_to_a_transposed_convolution(tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    _, subject = upsampling()
+    graph, policy = upsampling_graph(tmp_path / "up.onnx"), policy_of(subject, (8, 8), (4, 8))
+    model = quantized(tmp_path / "quantized.onnx", graph, translate(policy, "onnxruntime-overrides", subject, graph=graph))
+    assert applied(model, {"conv": "conv", "up": "up_1"}) == dict(policy)
+
+
+def quantized(path, graph, text):
+    """Return the model that ONNX Runtime writes of a graph with the overrides in a file."""
     ort = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is not installed")
     import onnx
 
@@ -60,29 +79,25 @@ def test_onnxruntime_applies_the_file(graph, tmp_path, transposed):
         def get_next(self):
             return self.left.pop() if self.left else None
 
-    _, subject = upsampling() if transposed else convolutional()
-    graph = upsampling_graph(tmp_path / "up.onnx") if transposed else graph
-    nodes = {"conv": "conv", "up": "up_1"} if transposed else {"conv1": "conv1", "layer.0": "layer_0", "fc": "fc"}
-    policy = policy_of(subject, *([(8, 8), (4, 8)] if transposed else PAIRS))
-    data = json.loads(translate(policy, "onnxruntime-overrides", subject, graph=graph))
+    data = json.loads(text)
     overrides = {
         tensor: [{**entry, "quant_type": ort.QuantType.from_string(entry["quant_type"])} for entry in entries]
         for tensor, entries in data["TensorQuantOverrides"].items()
     }
-    out = tmp_path / "quantized.onnx"
+    excluded = data["OpTypesToExcludeOutputQuantization"]
     ort.quantize_static(
         graph,
-        out,
+        path,
         Reader(),
         op_types_to_quantize=data["op_types_to_quantize"],
         nodes_to_exclude=data["nodes_to_exclude"],
-        extra_options={"TensorQuantOverrides": overrides},
+        extra_options={"TensorQuantOverrides": overrides, "OpTypesToExcludeOutputQuantization": excluded},
     )
-    assert applied(onnx.load(out), nodes) == dict(policy)
+    return onnx.load(path)
 
 
 def applied(model, nodes):
-    """Return the bits of each layer from the types that its node reads through DequantizeLinear."""
+    """Return the bits of each layer from the types that its node reads through DequantizeLinear, whatever of one operand is between."""
     from onnx import TensorProto
 
     widths = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8}
@@ -91,10 +106,27 @@ def applied(model, nodes):
 
     def width(tensor):
         node = makers.get(tensor)
+        while node is not None and node.op_type in ("Relu", "ReduceMean"):
+            node = makers.get(node.input[0])
         return widths[types[node.input[2]]] if node is not None and node.op_type == "DequantizeLinear" else 32
 
     of_name = {node.name: node for node in model.graph.node}
     return {layer: Bits(*(width(tensor) for tensor in reversed(of_name[node].input[:2]))) for layer, node in nodes.items()}
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_float_layer_that_reads_what_is_rounded_for_another_is_refused(graph, tmp_path, between):
+    import onnx
+
+    model = onnx.load(graph)
+    next(node for node in model.graph.node if node.name == "layer_0").input[0] = "relu_of_x" if between else "x"
+    if between:
+        model.graph.node.insert(0, onnx.helper.make_node("Relu", ["x"], ["relu_of_x"], name="relu0"))
+    onnx.save(model, tmp_path / "shared.onnx")
+    _, subject = convolutional()
+    policy = policy_of(subject, (8, 8), FLOAT, FLOAT)
+    with pytest.raises(PolicyError, match=r"site 'layer.0' reads the tensor 'x' in float and another layer at 8 bits; tie them"):
+        translate(policy, "onnxruntime-overrides", subject, graph=str(tmp_path / "shared.onnx"))
 
 
 def test_messages_of_graphs(graph, tmp_path):

@@ -280,6 +280,8 @@ def export(
             partial.with_name(partial.name + ending).replace(path.with_suffix(ending))
         partial.replace(path)
         _write_parity(path, to, found)
+    except ExportError as error:
+        raise ExportError(_of_asked(str(error), partial, path)) from error
     except OSError as error:
         raise ExportError(f"{path}: cannot be written ({error.strerror or error}); free space or give another path") from error
     finally:
@@ -287,6 +289,17 @@ def export(
             partial.with_name(name).unlink(missing_ok=True)
     size = path.stat().st_size + sum(path.with_suffix(ending).stat().st_size for ending in kind.companions)
     return Artefact(path, to, size, parts, found.levels, found.largest_difference, found.parity)
+
+
+def _of_asked(message: str, partial: Path, path: Path) -> str:
+    """Return what a check says of a file that is not in its place yet, about the file that was asked for.
+
+    >>> _of_asked(".a.onnx.unchecked: truncated; export it again", Path(".a.onnx.unchecked"), Path("a.onnx"))
+    'a.onnx: truncated; nothing was written'
+    """
+    found = message.replace(partial.name, path.name)
+    again = "; export it again"
+    return found if found == message or not found.endswith(again) else f"{found.removesuffix(again)}; nothing was written"
 
 
 def _typed(hint: Any, key: str, value: object) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bitwright.errors import ExportError
-from bitwright.exporters._sample import sample_of
+from bitwright.exporters._sample import DRAWS, sample_of
 
 LARGEST_SAMPLE = 1 << 26
 """Numbers of an input that a file can make us build."""
@@ -30,13 +30,15 @@ def samples_of(content: Mapping[str, Any]) -> list[Any]:
     """Return the inputs of a file's sample.
 
     Raises:
-        ExportError: they are of no size, or too large to be built.
+        ExportError: they are of no size, too large to be built, or of no draw that there is.
     """
-    inputs = content["sample"]["inputs"]
+    inputs, draw = content["sample"]["inputs"], content["sample"].get("draw", 0)
+    if not isinstance(draw, int) or not 0 <= draw < DRAWS:
+        raise ExportError(f"its sample is draw {draw!r}, and there are {DRAWS}, from 0")
     for shape, _ in inputs:
         if min(shape, default=1) < 1 or math.prod(shape) > LARGEST_SAMPLE:
             raise ExportError(f"its sample has shape {shape}, and sizes from 1 and {LARGEST_SAMPLE} numbers in all are allowed")
-    return [sample_of(shape, dtype) for shape, dtype in inputs]
+    return [sample_of(shape, dtype, draw) for shape, dtype in inputs]
 
 
 def bound_of(content: Mapping[str, Any]) -> float:

@@ -12,6 +12,8 @@ import numpy as np
 
 SAMPLES = 2
 """Samples in a batch."""
+DRAWS = 16
+"""Samples that are tried for one whose answer is well defined."""
 EXTENTS = (32, 28, 224, 96, 64, 16, 8)
 """Pixels along an axis of an image whose size a file does not say."""
 NUMBERS = 32
@@ -20,15 +22,18 @@ LARGEST_SAMPLE = 1 << 24
 """Numbers of an input that a file can make us build."""
 
 
-def sample_of(shape: Sequence[int], dtype: str) -> Any:
-    """Return a sample input: a hash of each place, spread over -1 to 1; integers are zero.
+def sample_of(shape: Sequence[int], dtype: str, draw: int = 0) -> Any:
+    """Return a sample input, one of many draws: a hash of each place, spread over -1 to 1; integers are zero.
 
     >>> sample_of([1, 3], "float32").round(3).tolist()
     [[-1.0, 0.23600000143051147, -0.527999997138977]]
+    >>> sample_of([1, 3], "float32", draw=1).round(3).tolist()
+    [[0.7080000042915344, -0.0560000017285347, -0.8199999928474426]]
     """
     if not dtype.startswith("float"):
         return np.zeros(shape, dtype)
-    places = (np.arange(int(np.prod(shape)), dtype=np.uint64) * np.uint64(2654435761)) % np.uint64(2**32)
+    count = int(np.prod(shape))
+    places = (np.arange(draw * count, (draw + 1) * count, dtype=np.uint64) * np.uint64(2654435761)) % np.uint64(2**32)
     return (places.astype(np.float64) / 2**31 - 1).astype(dtype).reshape(shape)
 
 

@@ -2,7 +2,8 @@
 
 Every activation on a grid is a ``QuantizeLinear`` (uint8; zero is 128 on signed grids), below 8 bits a ``Clip`` of those integers,
 and a ``DequantizeLinear``; every weight is integer codes and a ``DequantizeLinear`` with a scale for each output channel; a bias is
-int32. ONNX Runtime makes integer kernels of that. BatchNorms are folded into the scales and biases of the layer before them.
+int32. ONNX Runtime makes integer kernels of that. BatchNorms are folded into the scales and biases of the layer before them. A layer
+with float weights reads its input with a scale for each channel, all equal, because ONNX Runtime would round its weights otherwise.
 
 The file is checked with `onnx.checker` and run by ONNX Runtime before it may stay: each activation's codes are compared with the
 network's, given the network's own codes before it and from the example on, and the outputs as well.
@@ -27,11 +28,13 @@ from bitwright.exporters import outputs as network_outputs
 from bitwright.exporters._claims import fitting
 from bitwright.exporters._emission import ActivationForm, Emission, Emitted, Form, Grid, PointRecord, WeightRecord, float_layers
 from bitwright.exporters._graph import Program, capture, run
+from bitwright.exporters._kept_float import keep_float
 from bitwright.exporters._onnx_file import FORMAT, content_of, read_model, stamp, verify_file
 from bitwright.exporters._parity import Parity, Share, Steps, allowed_outputs, codes_of, is_exact, judge, output_gaps, rows
 from bitwright.exporters._qdq_nodes import recount, state_widths
 from bitwright.exporters._rewrite import rewrite
 from bitwright.exporters._writing import Writer
+from bitwright.policy import Bits
 
 OPSET, IR = 21, 10
 OPSET_INT2, IR_INT2 = 25, 13
@@ -92,7 +95,7 @@ class Onnx(Exporter):
         """Write the file; raises `ExportError` for a call that has no ONNX form here."""
         onnx = required("onnx")
         written = self._written(source)
-        stamp(onnx, written.model, source, written.program, written.emitted, allowed_outputs(written.program, self.outputs))
+        stamp(onnx, written.model, source, written.program, written.emitted, allowed_outputs(written.program, self.outputs), run_session)
         data = written.model.SerializeToString(deterministic=True)
         path.write_bytes(data)
         sizes = {tensor.name: len(tensor.raw_data) for tensor in written.model.graph.initializer}
@@ -104,10 +107,11 @@ class Onnx(Exporter):
         onnx = required("onnx")
         model = read_model(onnx, path)
         written = self._written(source)
+        executed = executed_precision(model, list(written.emitted.layers))
+        refuse_integers(executed, written.emitted.layers)
         parity = compare(source, written, model)
         judge(parity, self.steps, allowed_outputs(written.program, self.outputs), "ONNX Runtime")
         verified = self.verify(path)
-        executed = executed_precision(model, list(written.emitted.layers))
         expected_float = float_layers(written.emitted.layers)
         fell = {name: kind for name, kind in executed.items() if not kind.startswith("int") and name not in expected_float}
         if fell and self.fallback == "raise":
@@ -187,6 +191,9 @@ def written(
     imports += [helper.make_opsetid(domain, version) for domain, version in (domains or {}).items()]
     model = helper.make_model(graph, opset_imports=imports, producer_name="bitwright")
     model.ir_version = IR_INT2 if two else IR
+    if isinstance(form.activations, QDQ):
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+        keep_float(onnx, model, {point.codes: values[point.node].shape for point in emitted.points})
     tensors = {node.name: value for node, value in emission.env.items() if isinstance(value, str)}
     return Written(program, model, emitted, tensors)
 
@@ -286,6 +293,15 @@ def executed_precision(model: Any, addresses: Sequence[str]) -> dict[str, str]:
             kind = "int8" if node.op_type.startswith(INTEGER_KERNELS) else "int4" if node.op_type == "MatMulNBits" else "float32"
             found[address] = f"{kind}: {node.op_type}"
     return {address: found.get(address, "unknown") for address in addresses}
+
+
+def refuse_integers(executed: Mapping[str, str], layers: Mapping[str, Bits]) -> None:
+    """Raise `ExportError` for layers with float weights that ONNX Runtime runs in integers, having rounded their weights."""
+    rounded = {name: kind for name, kind in executed.items() if kind.startswith("int") and layers[name].w > 8}
+    if rounded:
+        ask = "give them 8 bits or fewer, or quantize without points"
+        found = f"rounds the float weights of these and runs them in integers: {spelled_fallbacks(rounded)}"
+        raise ExportError(f"export: ONNX Runtime {found}; {ask}")
 
 
 __all__ = ["Onnx", "WeightRecord"]

@@ -102,7 +102,10 @@ class OpenVINO(Exporter):
         runtime = library()
         model = runtime.Core().read_model(made.model.SerializeToString())
         state_widths(model, made.emitted)
-        content = content_text(source, made.program, made.emitted, self.outputs, FORMAT)
+        compiled = compile_model(model, made.emitted.layers)
+        content = content_text(
+            source, made.program, made.emitted, self.outputs, lambda inputs: compiled(inputs)[compiled.outputs[0]], FORMAT
+        )
         model.set_rt_info(json.dumps(runtime_options(made.emitted.layers)), ["bitwright", "runtime_options"])
         model.set_rt_info(content, ["bitwright", "content"])
         model.set_rt_info(BLANK, ["bitwright", "sha256"])

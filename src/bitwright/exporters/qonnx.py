@@ -163,7 +163,7 @@ class Qonnx(Exporter):
         """Write the file; raises `ExportError` for a call or a grid that has no QONNX form here."""
         onnx = required("onnx")
         made = self._written(source)
-        stamp(onnx, made.model, source, made.program, made.emitted, allowed_outputs(made.program, self.outputs))
+        stamp(onnx, made.model, source, made.program, made.emitted, allowed_outputs(made.program, self.outputs), run_qonnx)
         data = made.model.SerializeToString(deterministic=True)
         path.write_bytes(data)
         sizes = {tensor.name: len(tensor.raw_data) for tensor in made.model.graph.initializer}

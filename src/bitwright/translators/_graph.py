@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,24 @@ def places(graph: str, layers: Sequence[Layer], of: str) -> Mapping[str, Place]:
                 f"{Path(graph).name}: no convolution or matrix product reads '{name}'; export the network without transposing it"
             )
         found[layer.path] = Place(tuple(node.name for node in nodes), name, tuple(dict.fromkeys(node.input[0] for node in nodes)))
+    return found
+
+
+def rounded_sources(graph: str, wanted: Iterable[str], rounded: Collection[str], of: str) -> Mapping[str, str]:
+    """Return which rounded tensor each wanted one is, or is made of by calls with one operand; those of none are left out."""
+    loaded = _loaded(graph, of).graph
+    makers = {name: node for node in loaded.node for name in node.output}
+    fixed = {tensor.name for tensor in loaded.initializer} | {name for name, node in makers.items() if node.op_type == "Constant"}
+    found = {}
+    for tensor in wanted:
+        source = tensor
+        while source not in rounded and source in makers and makers[source].op_type not in OPERATORS:
+            operands = [name for name in makers[source].input if name and name not in fixed]
+            if len(operands) != 1:
+                break
+            source = operands[0]
+        if source in rounded:
+            found[tensor] = source
     return found
 
 

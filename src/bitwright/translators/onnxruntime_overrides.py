@@ -1,8 +1,9 @@
 """ONNX Runtime: tensor overrides for ``quantize_static``, with the nodes that it must leave alone.
 
 The JSON holds ``TensorQuantOverrides`` with the names of quantization types (``QuantType.from_string`` reads them),
-``op_types_to_quantize``, those of the graph that have weights or are products, and ``nodes_to_exclude`` of these. ONNX Runtime quantizes a
-node's weight and input together, in 4 or 8 bits.
+``op_types_to_quantize``, those of the graph that have weights or are products, ``nodes_to_exclude`` of these, and, for ``extra_options`` as
+well, ``OpTypesToExcludeOutputQuantization``: else results are rounded, too, and float layers read those. ONNX Runtime quantizes a node's
+weight and input together, in 4 or 8 bits, and rounds a tensor for all that read it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any, ClassVar
 from bitwright.errors import PolicyError, nearest
 from bitwright.policy import Bits
 from bitwright.translators import FLOAT, Layer, Subject, Translator, integer_widths
-from bitwright.translators._graph import OPERATORS, named_nodes, operators, places, widths_of_inputs
+from bitwright.translators._graph import OPERATORS, Place, named_nodes, operators, places, rounded_sources, widths_of_inputs
 from bitwright.translators._reading import loaded, one_width, only
 
 _WEIGHTS = {4: "QInt4", 8: "QInt8"}
 _INPUTS = {4: "QUInt4", 8: "QUInt8"}
-_KEYS = ("TensorQuantOverrides", "op_types_to_quantize", "nodes_to_exclude")
+_KEYS = ("TensorQuantOverrides", "OpTypesToExcludeOutputQuantization", "op_types_to_quantize", "nodes_to_exclude")
 _ENTRY = ("quant_type", "axis", "symmetric", "rmin", "rmax", "scale", "zero_point")
 _BITS = {"QInt4": 4, "QUInt4": 4, "QInt8": 8, "QUInt8": 8}
 
@@ -48,7 +49,9 @@ class OnnxRuntimeOverrides(Translator):
         overrides: dict[str, list[dict[str, Any]]] = {}
         for layer in chosen:
             overrides[found[layer.path].weight] = [{"quant_type": _WEIGHTS[layer.bits.w], "symmetric": True}]
-        for tensor, width in widths_of_inputs(chosen, found, self.name).items():
+        widths = widths_of_inputs(chosen, found, self.name)
+        self._refuse_rounded([layer for layer in named if layer.bits == FLOAT], found, widths)
+        for tensor, width in widths.items():
             overrides[tensor] = [{"quant_type": _INPUTS[width]}]
         quantized = {node for layer in chosen for node in found[layer.path].nodes}
         # layers of 32 bits, skipped ones and float products: the tool quantizes every operator that is not left out by name
@@ -57,7 +60,15 @@ class OnnxRuntimeOverrides(Translator):
             raise PolicyError(f"{Path(self.graph).name}: an operator has no name, so {self.name} cannot leave it out; name the nodes")
         excluded = [node for node in nodes if node not in quantized]
         types = sorted(set(nodes.values()))
-        return json.dumps({"TensorQuantOverrides": overrides, "op_types_to_quantize": types, "nodes_to_exclude": excluded}, indent=1)
+        options = {"TensorQuantOverrides": overrides, "OpTypesToExcludeOutputQuantization": types}
+        return json.dumps({**options, "op_types_to_quantize": types, "nodes_to_exclude": excluded}, indent=1)
+
+    def _refuse_rounded(self, floats: Sequence[Layer], found: Mapping[str, Place], widths: Mapping[str, int]) -> None:
+        """Raise `PolicyError` for a float layer whose input is rounded for another layer."""
+        for layer in floats:
+            for source in rounded_sources(self.graph, found[layer.path].inputs, widths, self.name).values():
+                asked = f"site '{layer.site.name}' reads the tensor '{source}' in float and another layer at {widths[source]} bits"
+                raise PolicyError(f"policy: {self.name} cannot say that {asked}; tie them")
 
     def read(self, text: str, subject: Subject) -> Mapping[str, Bits]:
         """Return the bits by layer path."""
