@@ -135,7 +135,8 @@ def _rounding(nodes: Nodes, dequantize: Any) -> Rounding | None:
     if node is None or node.op_type != "QuantizeLinear":
         return None
     bits, (low, high), zero, step = _stated(node), bounds, int(nodes.constants[node.input[2]]), float(nodes.constants[node.input[1]])
-    same = all(np.array_equal(nodes.constants[a], nodes.constants[b]) for a, b in zip(node.input[1:], dequantize.input[1:], strict=True))
+    pairs = [(nodes.constants[a], nodes.constants[b]) for a, b in zip(node.input[1:], dequantize.input[1:], strict=True)]
+    same = all(b.size and np.all(a == b) for a, b in pairs)  # before a float layer the one scale is repeated for each channel
     lowest, highest = _codes(bits, zero)
     if not (same and 0 < step < np.inf and lowest <= low <= high <= highest):
         allowed = f"codes from {low} to {high} by steps of {step:.3g}, and {bits} bits allow {lowest} to {highest}"
