@@ -5,8 +5,8 @@
 
 Trains the recipe's network on its mixed data with the widths of every sample and site drawn (the arm ``random`` of
 benchmarks/adaptive.py), so that it has learned to run at all of them, and passes held-out images of the mix through it with all sites at
-each choice. Then every image is given the choice of least loss, as far as something that is known of it foretells the loss, within the
-recipe's budget on the mean, by a Lagrange multiplier. What is known:
+each choice. Then every image is given the choice that is most likely right, as far as something that is known of it foretells that,
+within the recipe's budget on the mean, by a Lagrange multiplier. What is known:
 
 - ``nothing``: the best one choice for all, which is what the others are compared with;
 - ``quality``: the true corruption and severity;
@@ -14,9 +14,9 @@ recipe's budget on the mean, by a Lagrange multiplier. What is known:
 - ``features after BLOCK``: mean and deviation of every channel there, in the narrowest pass: what a decision inside the network could see;
 - ``answer``: how sure the narrowest pass is in the end, as if that pass cost nothing: more than any decision made on the way can see;
 - ``cascade``: the same with the pass paid for, and the widest choice after it for the images it is least sure of;
-- ``label``: each image's own losses, its label and luck included: no decision can reach it.
+- ``label``: which choices are right, the image's label and luck included: no decision can reach it.
 
-Losses are foretold by ridge regression. Half of the images teach it and the other half is judged, and the halves change places. Differences
+Being wrong is foretold by ridge regression. Half of the images teach it and the other half is judged, and the halves change places. Differences
 are paired over images, with normal 95 % intervals. Writes results/adaptive-room-NAME.csv.
 """
 
@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from record import environment, write
 from torch import Tensor
@@ -44,17 +43,14 @@ from bitwright.pipeline import threads
 
 Floats = NDArray[np.float64]
 BATCH = 250
-CLIP = 3.0
-"""Losses are foretold up to here: a few lost images would decide everything else."""
 BISECTIONS = 60
 Z = 1.96
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What was seen of images: losses and correctness at each choice ``[N, K]``, and what may be known of them ``[N, features]``."""
+    """What was seen of images: which choices are right ``[N, K]``, and what may be known of them ``[N, features]``."""
 
-    losses: Floats
     correct: Floats
     quality: NDArray[np.int64]
     known: dict[str, Floats]
@@ -78,15 +74,14 @@ def seen(net: AdaptiveNet, split: MixedSplit) -> Seen:
     with torch.no_grad():
         for start in range(0, len(split), BATCH):
             x, y, quality = split.labelled(torch.arange(start, min(start + BATCH, len(split))))
-            rows: dict[str, list[Tensor]] = {"losses": [], "correct": []}
+            right: list[Tensor] = []
             chance = torch.zeros(0)
             for choice in reversed(range(len(net.space.choices))):
                 logits = net(x, forced=net.forced_to(choice, len(x))).float()
-                rows["losses"].insert(0, F.cross_entropy(logits, y, reduction="none"))
-                rows["correct"].insert(0, (logits.argmax(1) == y).float())
+                right.insert(0, (logits.argmax(1) == y).float())
                 chance = logits.softmax(1).sort(1, descending=True).values
             entropy = -(chance * chance.clamp_min(1e-9).log()).sum(1)
-            one = {name: torch.stack(values, 1) for name, values in rows.items()}
+            one = {"correct": torch.stack(right, 1)}
             one |= {"quality": quality.corruption * 10 + quality.severity, "statistics": image_statistics(x)}
             one |= {f"features after {place}": value for place, value in features.items()}
             one["answer"] = torch.stack([chance[:, 0], chance[:, 0] - chance[:, 1], entropy], 1)
@@ -95,52 +90,53 @@ def seen(net: AdaptiveNet, split: MixedSplit) -> Seen:
     for handle in handles:
         handle.remove()
     whole = {name: torch.cat(values).double().numpy() for name, values in parts.items()}
-    losses, correct, quality = (whole.pop(name) for name in ("losses", "correct", "quality"))
-    return Seen(losses, correct, quality.astype(np.int64), whole, whole["answer"][:, 0])
+    correct, quality = whole.pop("correct"), whole.pop("quality")
+    return Seen(correct, quality.astype(np.int64), whole, whole["answer"][:, 0])
 
 
-def foretold(features: Floats, losses: Floats, *, products: bool) -> Floats:
-    """Return each image's losses as the other half's images foretell them."""
+def foretold(features: Floats, wrong: Floats, *, products: bool) -> Floats:
+    """Return how likely each image is wrong at each choice, as the other half's images foretell it."""
     x = (features - features.mean(0)) / (features.std(0) + 1e-6)
     if products:
         x = np.concatenate([x, *(x[:, [i]] * x[:, i:] for i in range(x.shape[1]))], 1)
     x = np.concatenate([np.ones((len(x), 1)), x], 1)
-    result, even = np.zeros_like(losses), np.arange(len(x)) % 2 == 0
+    result, even = np.zeros_like(wrong), np.arange(len(x)) % 2 == 0
     for half in (even, ~even):
         rest = x[~half]
-        weights = np.linalg.solve(rest.T @ rest + x.shape[1] * np.eye(x.shape[1]), rest.T @ losses[~half].clip(0, CLIP))
+        weights = np.linalg.solve(rest.T @ rest + x.shape[1] * np.eye(x.shape[1]), rest.T @ wrong[~half])
         result[half] = x[half] @ weights
     return result
 
 
-def by_quality(quality: NDArray[np.int64], losses: Floats) -> Floats:
-    """Return for each image the mean losses of the other half's images of its quality."""
-    result, even = np.zeros_like(losses), np.arange(len(losses)) % 2 == 0
+def by_quality(quality: NDArray[np.int64], wrong: Floats) -> Floats:
+    """Return for each image how often the other half's images of its quality are wrong at each choice."""
+    result, even = np.zeros_like(wrong), np.arange(len(wrong)) % 2 == 0
     for kind in np.unique(quality):
         for half in (even, ~even):
-            result[(quality == kind) & half] = losses[(quality == kind) & ~half].mean(0)
+            result[(quality == kind) & half] = wrong[(quality == kind) & ~half].mean(0)
     return result
 
 
-def within(losses: Floats, costs: Floats) -> NDArray[np.int64]:
-    """Return the choice of each image that foretells the least loss, at the price at which the mean cost is the budget, or just less."""
+def within(wrong: Floats, costs: Floats) -> NDArray[np.int64]:
+    """Return the choice of each image that is least likely wrong, at the price at which the mean cost is the budget, or just less."""
     low, high = 0.0, 100.0
     for _ in range(BISECTIONS):
         price = (low + high) / 2
-        low, high = (price, high) if costs[(losses + price * costs).argmin(1)].mean() > 1 else (low, price)
-    chosen: NDArray[np.int64] = (losses + high * costs).argmin(1)
+        low, high = (price, high) if costs[(wrong + price * costs).argmin(1)].mean() > 1 else (low, price)
+    chosen: NDArray[np.int64] = (wrong + high * costs).argmin(1)
     return chosen
 
 
 def rows_of(found: Seen, costs: Floats) -> list[dict[str, Any]]:
     """Return accuracy, mean cost and gain of every kind of knowledge."""
-    count = np.arange(len(found.losses))
+    wrong = 1 - found.correct
+    count = np.arange(len(wrong))
     fits = [k for k in range(len(costs)) if costs[k] <= 1 + 1e-6]  # float32 sums
     base = max(fits, key=lambda k: float(found.correct[:, k].mean()))
-    chosen = {"nothing": np.full(len(count), base), "quality": within(by_quality(found.quality, found.losses), costs)}
+    chosen = {"nothing": np.full(len(count), base), "quality": within(by_quality(found.quality, wrong), costs)}
     for name, features in found.known.items():
-        chosen[name] = within(foretold(features, found.losses, products=features.shape[1] < 20), costs)
-    chosen["label"] = within(found.losses, costs)
+        chosen[name] = within(foretold(features, wrong, products=features.shape[1] < 20), costs)
+    chosen["label"] = within(wrong, costs)
     paid = {name: costs[own] for name, own in chosen.items()}
     again = min(len(count), int((1 - costs[0]) / costs[-1] * len(count)))
     chosen["cascade"] = np.zeros(len(count), dtype=np.int64)

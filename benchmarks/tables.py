@@ -512,7 +512,7 @@ def room(rows: list[Row]) -> str:
         f"One network of the recipe, trained on its mix ({first['images']} images, {float(first['epochs']):g} epochs) with the widths of "
         f"every image and site drawn, and looked at on {int(first['n']):,} held-out images. With all sites at one choice: {alone} %. Then "
         "every image gets the choice that is best as far as what is known of it foretells, within the same mean cost. *Answer* is how sure "
-        "the narrowest pass is in the end, as if that pass were free; *label* knows each image's losses."
+        "the narrowest pass is in the end, as if that pass were free; *label* knows which choices are right."
     )
     columns: dict[str, tuple[str, Callable[[str], str]]] = {
         "seed": ("seed", str),
