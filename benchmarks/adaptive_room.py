@@ -16,8 +16,8 @@ within the recipe's budget on the mean, by a Lagrange multiplier. What is known:
 - ``cascade``: the same with the pass paid for, and the widest choice after it for the images it is least sure of;
 - ``label``: which choices are right, the image's label and luck included: no decision can reach it.
 
-Being wrong is foretold by ridge regression. Half of the images teach it and the other half is judged, and the halves change places. Differences
-are paired over images, with normal 95 % intervals. Writes results/adaptive-room-NAME.csv.
+Being wrong is foretold by ridge regression. Half of the images teach it and the other half is judged, and the halves change places.
+Differences are paired over images, with normal 95 % intervals. Writes results/adaptive-room-NAME.csv.
 """
 
 from __future__ import annotations
