@@ -236,7 +236,7 @@ def load_with_record(path: str | Path, model: nn.Module | None = None) -> tuple[
             raise ExportError(f"{folder / BANK}: has format {record['format']!r}, expected '{FORMAT}'; export the bank again")
         tree = runs.load_tree(folder / WEIGHTS)
         members = [_member(record, tree, policy, _architecture(record, model, folder)) for policy in record["policies"]]
-        if record["sha256"] != _checksum(record, folder):
+        if record.get("sha256") != _checksum(record, folder):
             raise ExportError(f"{folder / BANK}: tampered with or damaged (its checksum does not match); export the bank again")
         costs = torch.tensor(record["bitops"])
         return Session(members, _router(record, tree), _policies(record), costs, record["mean"], record["std"]), record
