@@ -12,6 +12,7 @@ from torch import nn
 from bitwright.cli import main
 from bitwright.data import Data, TensorSplit
 from bitwright.errors import DataError, SiteError
+from bitwright.evaluation import evaluate
 from bitwright.models import build
 from bitwright.proxy import adapt, default_images, estimate_batchnorm, fold_stem, reduced, replace_head, shrink_strides
 from bitwright.sites import trace
@@ -140,6 +141,15 @@ def test_training_on_the_proxy_is_counted_and_helps(target: nn.Module) -> None:
     x, y = made.fit.batch(torch.arange(40))
     losses = [float(nn.functional.cross_entropy(proxy.model(x), y)) for proxy in (plain, trained)]
     assert losses[1] < losses[0]
+
+
+def test_training_that_breaks_the_network_is_said(target: nn.Module) -> None:
+    traced, made = trace(target, torch.zeros(1, 3, 32, 32)), data(4, (3, 32, 32), n=120)
+    plain = adapt(target, traced, (3, 32, 32), made, None)
+    before = evaluate(plain.model, made.selection).top1
+    assert before > 0.4
+    with pytest.warns(UserWarning, match=r"training the network on made has made it worse .* lower search\.proxy\.adapt\.lr \(now 100\)"):
+        adapt(target, traced, (3, 32, 32), made, FinetuneOptions(epochs=2, batch_size=8, lr=100.0))
 
 
 def test_batchnorm_statistics_become_the_proxys() -> None:

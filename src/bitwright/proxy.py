@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bitwright.data import Data, Split
 from bitwright.errors import DataError, SiteError
+from bitwright.evaluation import evaluate
 from bitwright.margins import features_of
 from bitwright.quant.batchnorm import batchnorms
 from bitwright.sites import Trace
@@ -27,6 +29,8 @@ SHARE = 0.04
 """A proxy's images where their number is not given: this share of the target's (Tang et al., 2023, have 4 %)."""
 HELD_OUT = 0.2
 """Share of a proxy's images on which policies are judged."""
+WORSE = 0.05
+"""The share of images by which training on a proxy may make its network worse without a word."""
 SMALLEST_STRIDE = 2
 """Images must be smaller by this before any stride has to shrink."""
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
@@ -98,9 +102,19 @@ def adapt(model: nn.Module, trace: Trace, shape: tuple[int, ...], data: Data, op
     spent = estimate_batchnorm(network, data.fit)
     spent += replace_head(network, trace.last, data)
     if options is not None:
+        before = evaluate(network, data.selection).top1
         history = finetune(network, data.fit, options, selection=data.selection, seed=seed)
+        _judge(data.name, before, evaluate(network, data.selection).top1, options.lr)
         spent += 3 * history.steps * min(options.batch_size, len(data.fit))
     return Proxy(network.eval(), data, spent)
+
+
+def _judge(name: str, before: float, after: float, lr: float) -> None:
+    """Warn where training has made the network worse: what it is sensitive to then says nothing."""
+    if after < before - WORSE:
+        seen = f"{100 * after:.1f} % of its selection images right, {100 * before:.1f} % before"
+        remedy = f"lower search.proxy.adapt.lr (now {lr:g}), or leave that training out with search.proxy.adapt=null"
+        warnings.warn(f"proxy: training the network on {name} has made it worse ({seen}); {remedy}", stacklevel=3)
 
 
 def fold_stem(network: nn.Module, first: str, shape: tuple[int, ...], proxy: tuple[int, ...]) -> None:
