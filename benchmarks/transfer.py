@@ -48,7 +48,8 @@ from bitwright.problem import Problem, build_choices
 from bitwright.proxy import adapt, reduced
 from bitwright.training import FinetuneOptions
 
-IMAGES = 2000
+MADE_BY = environment()
+"""Of the code that runs, whatever is committed meanwhile; kept with each result."""
 ADAPT = FinetuneOptions(epochs=5, lr=0.02)
 RANDOM = 20
 Change = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -128,7 +129,8 @@ class Bench:
         file = self.file(arm, ".search.json")
         if not file.exists():
             policy, facts = self._search(arm)
-            file.write_text(json.dumps({"policy": policy.to_json(), "facts": {**facts, "loss": self.problem.loss(policy)}}))
+            known = {"facts": {**facts, "loss": self.problem.loss(policy)}, "made_by": MADE_BY}
+            file.write_text(json.dumps({"policy": policy.to_json(), **known}))
         content = json.loads(file.read_text())
         return Policy.from_json(content["policy"]), content["facts"]
 
@@ -179,8 +181,11 @@ class Bench:
                 finetune(network, self.data.fit, replace(self.target.finetune, epochs=arguments.finetune), seed=self.seed)
                 result = evaluate(network, self.data.test, batch_size=100)
                 runs.save_tree(file.with_suffix(".safetensors"), {"correct": result.correct})
-                file.write_text(json.dumps({"finetune_epochs": arguments.finetune, "n": result.n, "top1": result.top1}))
+                figures = {"finetune_epochs": arguments.finetune, "n": result.n, "top1": result.top1}
+                file.write_text(json.dumps({**figures, **MADE_BY}))
             row |= json.loads(file.read_text())
+        else:
+            row |= json.loads(self.file(arm, ".search.json").read_text())["made_by"]
         print(row, flush=True)
         return row
 
@@ -278,13 +283,13 @@ def main() -> None:
     proxies = [*(good if arguments.finetune else target.proxies), *(f"{name} without margin" for name in good)]
     whole = ["target", *(["target epoch"] if arguments.finetune else [])]
     arms = arguments.arms or [*whole, *proxies, "uniform", *(f"random {k}" for k in range(1, RANDOM + 1))]
-    made_by, found, benches = environment(), [], []
+    found, benches = [], []
     for seed in arguments.seeds:
         benches.append(prepared(arguments, seed))
         found += benches[-1].rows(arms)
     if arguments.finetune and len(benches) > 1:
         found += over(benches, arms)
-    rows = [{**row, "model": arguments.model, "threads": 1, **made_by} for row in found]
+    rows = [{**MADE_BY, **row, "model": arguments.model, "threads": 1} for row in found]
     if not arguments.no_write:
         name = f"transfer-{arguments.target}-{arguments.model}" if arguments.finetune else "transfer"
         rows = with_others(name, rows)
