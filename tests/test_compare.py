@@ -224,6 +224,9 @@ def test_another_teacher_under_the_same_path_is_another_training(tmp_path: Path)
         compare(recipe, tmp_path / "run")
         tops.append(len(list((tmp_path / "run" / "trainings").iterdir())))
     assert tops == [1, 2]
+    teacher.unlink()
+    with pytest.raises(RunError, match=r"teacher\.weights=.*: cannot be read"):
+        compare(recipe, tmp_path / "run")
 
 
 def test_work_of_another_process_is_waited_for(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -294,7 +294,14 @@ class Comparison:
         section = self.recipe.teacher
         if section is None or section.name == "float" or section.weights is None:
             return {}
-        return {"teacher": hashlib.sha256(Path(section.weights).read_bytes()).hexdigest()}
+        try:
+            content = Path(section.weights).read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(
+                f"teacher.weights={section.weights}: cannot be read ({reason}); restore that file, or give another --out"
+            ) from None
+        return {"teacher": hashlib.sha256(content).hexdigest()}
 
     def _train(self, entry: Entry, policy: Policy, folder: Path) -> dict[str, Any]:
         job, options = self.job(entry.seed), entry.stage.options

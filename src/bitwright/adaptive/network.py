@@ -258,9 +258,10 @@ class AdaptiveNet(nn.Module):
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Run a training batch again, for a while, without a trace in any statistics.
+        """Run a training batch again, for a while, without a trace in statistics but those of choices that were hardly taken before.
 
-        A `SwitchableNorm` normalises by the statistics of the pass before; a plain BatchNorm by those of the batch as it now is.
+        A `SwitchableNorm` normalises by the statistics of the pass before, and such choices by those of this one, which they follow; a
+        plain BatchNorm by those of the batch as it now is.
         """
         plain = [module for module in self.modules() if isinstance(module, BatchNorm)]
         tracked = [module.track_running_stats for module in plain]
